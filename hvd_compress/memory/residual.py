@@ -1,0 +1,64 @@
+"""Error feedback and its absence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .base import Memory, Sent
+
+
+class Residual(Memory):
+    """Error feedback: what was not sent is added to the next tensor.
+
+    ``p = m + x``, send ``C(p)``, ``m ← p − C(p)``: Qsparse-local-SGD (arXiv 1906.02367), Algorithm 1, lines 8
+    and 10; EF-SGD (arXiv 1901.09847), Algorithm 2. The memory is in the units of what it is given: gradients on
+    the gradient path, parameters under local SGD.
+    """
+
+    def __init__(self) -> None:
+        # State
+        self._residuals: dict[str, Tensor] = {}  # name → [d], in the tensor's working dtype, on its device
+
+    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+        """m + x. A parameter is seen for the first time with m = 0."""
+        residual = self._residuals.get(name)
+        return tensor.clone() if residual is None else residual.to(tensor.device) + tensor
+
+    def update(self, name: str, compensated: Tensor, sent: Sent) -> None:
+        """m ← p − C(p), in place of p."""
+        sent.add_to(compensated, alpha=-1)
+        self._residuals[name] = compensated
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """See :meth:`Memory.state_dict`."""
+        return dict(self._residuals)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See :meth:`Memory.load_state_dict`."""
+        self._residuals = {name: residual.clone() for name, residual in state.items()}
+
+
+class NoMemory(Memory):
+    """What was not sent is forgotten."""
+
+    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor itself, copied."""
+        return tensor.clone()
+
+    def update(self, name: str, compensated: Tensor, sent: Sent) -> None:
+        """Nothing to remember."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Always empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Accepts only the empty state.
+
+        Raises:
+            ValueError: ``state`` holds memories, which would be lost.
+        """
+        if state:
+            raise ValueError(f"this compressor keeps no memory, the state has {len(state)}: use memory='residual'")

@@ -1,0 +1,82 @@
+"""What one rank says about one tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import WireError
+
+
+@dataclass(frozen=True)
+class Message:
+    """The compressed form of one tensor: some of its elements (sparse) or all of them (dense).
+
+    Build one with :meth:`sparse` or :meth:`dense`; the constructor takes its arguments as they are.
+    """
+
+    shape: tuple[int, ...]  # of the tensor that was compressed
+    indices: Tensor | None  # int64 [k], strictly ascending, into the flattened tensor; None: every element
+    values: Tensor  # floating point [k]; [numel] when indices is None
+
+    @classmethod
+    def sparse(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> Message:
+        """Elements ``indices`` (any order, each once) of a flattened tensor of ``shape`` have ``values``.
+
+        Raises:
+            ValueError: the two do not have one and the same length.
+        """
+        if indices.shape != values.shape or indices.dim() != 1:
+            raise ValueError(
+                f"indices and values must be of one length, got shapes {tuple(indices.shape)} and "
+                f"{tuple(values.shape)}"
+            )
+        order = torch.argsort(indices)
+        return cls(tuple(shape), indices[order].to(torch.int64), values[order])
+
+    @classmethod
+    def dense(cls, tensor: Tensor) -> Message:
+        """Every element of ``tensor``, unchanged."""
+        return cls(tuple(tensor.shape), None, tensor.reshape(-1))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the tensor that was compressed."""
+        return math.prod(self.shape)
+
+    def add_to(self, flat: Tensor, *, alpha: float = 1) -> None:
+        """``flat += alpha * C(x)`` in place; ``flat`` is one-dimensional with :attr:`numel` elements."""
+        values = self.values.to(flat.dtype)
+        if self.indices is None:
+            flat.add_(values, alpha=alpha)
+        else:
+            flat.index_add_(0, self.indices, values, alpha=alpha)
+
+    def decode(self) -> Tensor:
+        """The tensor a receiver sees: C(x), of :attr:`shape`, in the dtype and on the device of the values."""
+        flat = torch.zeros(self.numel, dtype=self.values.dtype, device=self.values.device)
+        self.add_to(flat)
+        return flat.reshape(self.shape)
+
+    def to_bytes(self) -> bytes:
+        """This message alone as a packet; see :mod:`hvd_compress.wire.packet`."""
+        from .packet import encode
+
+        return encode([self]).data.tobytes()
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Message:
+        """Inverse of :meth:`to_bytes`.
+
+        Raises:
+            WireError: ``data`` is not exactly one well-formed message.
+        """
+        from .packet import decode
+
+        packet = decode(data)
+        if len(packet.messages) != 1:
+            raise WireError(f"expected one message, the packet holds {len(packet.messages)}")
+        return packet.messages[0]
