@@ -1,0 +1,21 @@
+"""Compressed communication for Horovod: sparse messages that really travel sparse, and local SGD."""
+
+from .compression import Compression
+from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
+from .gradient import GradientCompressor
+from .ledger import Ledger, Traffic
+from .local_sgd import QsparseLocalSGD
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Compression",
+    "GradientCompressor",
+    "Ledger",
+    "NonFiniteError",
+    "PeerError",
+    "QsparseLocalSGD",
+    "RankMismatchError",
+    "Traffic",
+    "WireError",
+]

@@ -47,6 +47,11 @@ class Message:
         """Number of elements of the tensor that was compressed."""
         return math.prod(self.shape)
 
+    def to(self, device: torch.device) -> Message:
+        """The same message on ``device``."""
+        indices = None if self.indices is None else self.indices.to(device)
+        return Message(self.shape, indices, self.values.to(device))
+
     def add_to(self, flat: Tensor, *, alpha: float = 1) -> None:
         """``flat += alpha * C(x)`` in place; ``flat`` is one-dimensional with :attr:`numel` elements."""
         values = self.values.to(flat.dtype)

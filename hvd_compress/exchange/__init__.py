@@ -1,0 +1,7 @@
+"""Ranks and buffers. Knows mpi4py, and nothing of tensors or optimizers."""
+
+from .communicator import abort_on_uncaught_exception, check_world
+from .gather import Exchange
+from .rendezvous import rendezvous
+
+__all__ = ["Exchange", "abort_on_uncaught_exception", "check_world", "rendezvous"]

@@ -1,0 +1,83 @@
+"""Which communicator, and what happens to it when a rank fails."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from types import TracebackType
+
+from mpi4py import MPI
+
+from ..errors import RankMismatchError
+
+_GRACE_SECONDS = 5.0  # for the other ranks to fail by themselves, each with its own message
+
+
+def check_world(communicator: MPI.Intracomm | None, rank: int, size: int) -> MPI.Intracomm:
+    """``communicator``, or MPI's world, once it is known to have the ranks that Horovod sees.
+
+    Args:
+        communicator: None for MPI's world.
+        rank: Horovod's.
+        size: Horovod's.
+
+    Raises:
+        RankMismatchError: it has others, or MPI does not allow calls from several threads.
+    """
+    communicator = MPI.COMM_WORLD if communicator is None else communicator
+    if communicator.Get_size() != size:
+        raise RankMismatchError(
+            f"Horovod sees {size} rank(s), mpi4py sees {communicator.Get_size()}. Start the job with mpirun, srun "
+            "--mpi=pmix or horovodrun --mpi (not --gloo), and let Horovod and mpi4py use one and the same MPI "
+            "library. After hvd.init(comm=…) give the compressor a communicator of the same ranks: communicator=…"
+        )
+    if communicator.Get_rank() != rank:
+        raise RankMismatchError(
+            f"this process is rank {rank} for Horovod and rank {communicator.Get_rank()} for mpi4py: give the "
+            "compressor a communicator in Horovod's order: communicator=…"
+        )
+    if size > 1 and MPI.Query_thread() != MPI.THREAD_MULTIPLE:
+        raise RankMismatchError(
+            "MPI was started without MPI_THREAD_MULTIPLE, so Horovod's thread and this one must not both call it. "
+            "Unset HOROVOD_MPI_THREADS_DISABLE and mpi4py.rc.thread_level, or use an MPI library that has it"
+        )
+    return communicator
+
+
+def abort_on_uncaught_exception(communicator: MPI.Intracomm) -> None:
+    """End the whole job when this rank ends with an exception, rather than leave the others waiting for it.
+
+    The traceback is printed first. If every rank fails within a few seconds, as with a wrong argument, each
+    prints its own and the job ends by itself; otherwise MPI_Abort ends the ranks that are stuck. Collective.
+    """
+    if communicator.Get_size() == 1:
+        return
+    private = communicator.Dup()  # also where the hook is there already: on other ranks it may not be
+    if not isinstance(sys.excepthook, _AbortingHook):
+        sys.excepthook = _AbortingHook(private)
+
+
+class _AbortingHook:
+    """An ``excepthook`` that calls the one before it and then sees to the other ranks."""
+
+    def __init__(self, communicator: MPI.Intracomm) -> None:
+        self._communicator = communicator
+        self._previous = sys.excepthook
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        try:
+            self._previous(kind, error, trace)
+        except Exception:
+            traceback.print_exception(kind, error, trace)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        everyone_failed = self._communicator.Ibarrier()
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            if everyone_failed.Test():
+                return
+            time.sleep(0.01)
+        rank = self._communicator.Get_rank()
+        print(f"hvd_compress: rank {rank} failed with {kind.__name__}; ending the job", file=sys.stderr, flush=True)
+        self._communicator.Abort(1)

@@ -1,0 +1,205 @@
+"""The gradient path: a compressor for an unmodified ``hvd.DistributedOptimizer``.
+
+Horovod calls ``compress(p.grad)`` for one gradient after the other while the backward pass runs, sums what that
+returns, and later calls ``decompress`` for each. Here ``compress`` keeps the gradient's message and gives Horovod
+a *ticket* of two numbers to sum; the first ``decompress`` of a step exchanges all messages at once through MPI, and
+each hands back its tensor's average. Horovod negotiates tickets by name, so by the time that one is summed every
+rank has compressed all its gradients, whatever their order was; the exchange itself happens once, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from horovod.torch.compression import Compressor
+from torch import Tensor
+
+from .ledger import Ledger
+from .membership import check_named_parameters, members
+from .reducer import Reducer
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Context of a gradient that went through Horovod itself."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    """Context of a gradient whose message is on its way."""
+
+    name: str
+    dtype: torch.dtype
+
+
+class GradientCompressor(Compressor):
+    """Compresses the gradients of one optimizer. Made by :class:`hvd_compress.Compression`.
+
+    Small gradients (``dense_below``) are left to Horovod, sparse ones too; the others are exchanged as compressed
+    messages. All ranks average the same messages in rank order, so their gradients are bit-identical.
+    """
+
+    def __init__(
+        self, settings: Settings, named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None
+    ) -> None:
+        # Configuration
+        self.settings = settings
+        self.ledger = Ledger()
+        self._parameters = None if named_parameters is None else check_named_parameters(named_parameters)
+        # State
+        self._reducer: Reducer | None = None
+        if self._parameters is not None:
+            self._reducer = Reducer(
+                {name: p.shape for name, p in self._parameters.items()},
+                operator=settings.operator,
+                memory=settings.memory(),
+                dense_below=0,  # small gradients never get there
+                seed=settings.seed,
+                ledger=self.ledger,
+            )
+        self._names = [] if self._parameters is None else list(reversed(self._parameters))  # as gradients arrive
+        self._next = 0  # where in _names the next gradient is expected
+        self._submitted: set[str] = set()  # since the last decompress
+        self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
+        self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
+        """Take a gradient in; called by Horovod.
+
+        Args:
+            tensor: a bound parameter's ``.grad``.
+
+        Returns:
+            What Horovod is to sum, and the context for :meth:`decompress`.
+
+        Raises:
+            RuntimeError: no parameters were bound, or this is not a gradient of one of them.
+            NotImplementedError: Horovod was asked for what cannot work with compression (``op=hvd.Adasum``, a
+                sparse gradient in a group).
+            RankMismatchError: at the first call, when ranks differ.
+        """
+        if tensor.requires_grad:
+            raise NotImplementedError(
+                "op=hvd.Adasum hands over parameters, not gradients, and cannot be compressed: use op=hvd.Average "
+                "or hvd.Sum, or compression=hvd.Compression.none"
+            )
+        if tensor.is_sparse:
+            raise NotImplementedError(
+                "a sparse gradient in a group cannot be reduced: leave the embedding out of groups=…, or use "
+                "sparse=False in it"
+            )
+        reducer, name = self._owner(tensor)
+        if not reducer.is_open:
+            communicator, ranks = members(self.settings.process_set, self.settings.communicator)
+            expects = f"gradient path, small tensors below {self.settings.dense_below}"
+            reducer.open(communicator, ranks, expects, self.settings.timeout)
+        traffic = self.ledger.tensors[name]
+        traffic.dense += tensor.nbytes
+        self._submitted.add(name)
+        if tensor.numel() < self.settings.dense_below:
+            # Horovod refuses bfloat16 and tensors that are not contiguous.
+            dense = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            dense = dense.contiguous()
+            traffic.horovod += dense.nbytes
+            return dense, _Dense(tensor.dtype)
+        reducer.add(name, tensor)
+        ticket = torch.tensor([1.0, float(reducer.rank == 0)], device=tensor.device)
+        traffic.horovod += ticket.nbytes
+        return ticket, _Ticket(name, tensor.dtype)
+
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:  # type: ignore[override]
+        """Hand out the reduced gradient; called by Horovod.
+
+        Args:
+            tensor: what Horovod made of the first value that :meth:`compress` returned.
+            ctx: the second value; None for a sparse gradient, which Horovod does not show to :meth:`compress`.
+
+        Raises:
+            NotImplementedError: Horovod's ``op`` is neither Average nor Sum.
+            PeerError, RankMismatchError, WireError: the exchange failed; every rank raises, no memory has changed.
+        """
+        self._submitted.clear()
+        if ctx is None:
+            self._count_sparse()
+            return tensor
+        if isinstance(ctx, _Dense):
+            return tensor.to(ctx.dtype)
+        if ctx.name not in self._reduced:
+            self._exchange(tensor)
+        assert self._parameters is not None
+        return self._reduced.pop(ctx.name).view(self._parameters[ctx.name].shape).to(ctx.dtype)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's memory, step, seed and ledger; call it between steps. Save one for each rank."""
+        return self._bound().state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on, bit for bit, where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: the state is of another model, rank or number of ranks; nothing has changed then.
+        """
+        self._bound().load_state_dict(state)
+
+    def _bound(self) -> Reducer:
+        if self._reducer is None:
+            raise RuntimeError(
+                "the compressor does not know the parameters, and Horovod does not tell it their names: give "
+                "named_parameters=model.named_parameters() to Compression.… as well as to hvd.DistributedOptimizer"
+            )
+        return self._reducer
+
+    def _owner(self, tensor: Tensor) -> tuple[Reducer, str]:
+        """The name of the parameter whose gradient this is."""
+        reducer = self._bound()
+        assert self._parameters is not None
+        # Gradients mostly come in one order, so the search mostly ends at once.
+        for step in range(len(self._names)):
+            place = (self._next + step) % len(self._names)
+            if self._parameters[self._names[place]].grad is tensor:
+                self._next = place + 1
+                return reducer, self._names[place]
+        # With sparse_as_dense=True, Horovod makes a dense copy of a sparse gradient.
+        for name, p in self._parameters.items():
+            if p.grad is not None and p.grad.is_sparse and p.shape == tensor.shape and name not in self._submitted:
+                if torch.equal(p.grad.to_dense(), tensor):
+                    return reducer, name
+        raise RuntimeError(
+            f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._names)} parameters that "
+            "this compressor knows: give the same named_parameters to Compression.… and to hvd.DistributedOptimizer, "
+            "and make a new compressor and optimizer after changing the model"
+        )
+
+    def _exchange(self, ticket: Tensor) -> None:
+        reducer = self._bound()
+        # One on each rank, and one on the first rank only: what became of them tells Horovod's operation.
+        average, total = (1.0, 1.0 / reducer.size), (float(reducer.size), 1.0)
+        got = tuple(round(number, 3) for number in ticket.tolist())
+        if got not in [tuple(round(number, 3) for number in wanted) for wanted in (average, total)]:
+            raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
+        divisor = reducer.size if got[0] == 1.0 else 1
+        self._reduced = {name: gradient.div_(divisor) for name, gradient in reducer.reduce().sums.items()}
+
+    def _count_sparse(self) -> None:
+        """Write down one sparse gradient, which Horovod gathers by itself as int64 indices and values.
+
+        Horovod does not say which one it asks about, but it asks about each once before it changes the first.
+        """
+        assert self._parameters is not None
+        if not self._sparse:
+            gradients = ((name, p.grad) for name, p in self._parameters.items())
+            self._sparse = [
+                (name, g._indices().nbytes + g._values().nbytes)
+                for name, g in gradients
+                if g is not None and g.is_sparse
+            ]
+        if self._sparse:
+            name, sent = self._sparse.pop()
+            self.ledger.tensors[name].horovod += sent
+            self.ledger.tensors[name].dense += sent  # plain Horovod sends the same

@@ -1,0 +1,65 @@
+"""How many bytes a rank really handed to its communication libraries."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class Traffic:
+    """Bytes of one tensor, or of all."""
+
+    mpi: int = 0  # in send buffers given to mpi4py
+    horovod: int = 0  # in tensors given to Horovod: small dense ones, sparse ones, and one ticket per message
+    dense: int = 0  # what plain Horovod would have been given: all elements, in the gradient's dtype, every step
+
+    @property
+    def sent(self) -> int:
+        """All bytes that left this rank's hands."""
+        return self.mpi + self.horovod
+
+    @property
+    def ratio(self) -> float:
+        """How many times less was sent than plain Horovod would have been given."""
+        return self.dense / self.sent if self.sent else float("nan")
+
+
+@dataclass
+class Ledger:
+    """Counts per tensor, since the start or the last :meth:`reset`.
+
+    A buffer is counted once, as it is handed over; how often the library below copies it on its way to the other
+    ranks is that library's affair (with an allgatherv, each of R ranks receives what the R − 1 others sent).
+    """
+
+    tensors: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))  # by parameter name
+    shared: Traffic = field(default_factory=Traffic)  # headers, length exchanges, the first handshake
+    exchanges: int = 0  # collective exchanges through MPI
+
+    @property
+    def total(self) -> Traffic:
+        """The sum over all tensors and what they share."""
+        parts = [*self.tensors.values(), self.shared]
+        return Traffic(*(sum(getattr(part, name) for part in parts) for name in ("mpi", "horovod", "dense")))
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.tensors.clear()
+        self.shared = Traffic()
+        self.exchanges = 0
+
+    def state_dict(self) -> dict[str, object]:
+        """Plain dictionaries and integers."""
+        return {
+            "tensors": {name: asdict(traffic) for name, traffic in self.tensors.items()},
+            "shared": asdict(self.shared),
+            "exchanges": self.exchanges,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self.reset()
+        self.tensors.update((name, Traffic(**counts)) for name, counts in state["tensors"].items())
+        self.shared = Traffic(**state["shared"])
+        self.exchanges = state["exchanges"]

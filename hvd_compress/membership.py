@@ -1,0 +1,76 @@
+"""Who and what takes part: Horovod's process sets in terms of MPI, and parameters by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import horovod.torch as hvd
+import torch
+from horovod.common import process_sets as hvd_process_sets
+from torch import Tensor
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI
+    from mpi4py import MPI
+
+
+def members(
+    process_set: hvd.ProcessSet | None, communicator: MPI.Intracomm | None
+) -> tuple[MPI.Intracomm, list[int]]:
+    """A communicator, and the ranks of it that reduce together.
+
+    Args:
+        process_set: Horovod's; None for all ranks, which is refused when the job has other process sets, since
+            Horovod does not tell a compressor which one it works for.
+        communicator: of all of Horovod's ranks in their order; None for MPI's world.
+
+    Raises:
+        RuntimeError: Horovod is not initialised.
+        ValueError: the process set is ambiguous, unknown to Horovod, or does not have this rank.
+        RankMismatchError: mpi4py and Horovod do not see the same ranks.
+    """
+    from .exchange import check_world
+
+    if not hvd.is_initialized():
+        raise RuntimeError("call hvd.init() before the first step")
+    if process_set is None:
+        known = _process_sets()
+        if len(known) > 1:
+            raise ValueError(
+                f"this job has {len(known)} process sets: say which one the compressor works for, as for the "
+                "optimizer: process_set=… (hvd.global_process_set for all ranks)"
+            )
+        process_set = hvd.global_process_set
+    if process_set.process_set_id is None or process_set.ranks is None:
+        raise ValueError(f"{process_set} is not registered with Horovod: see hvd.init(process_sets=…)")
+    if hvd.rank() not in process_set.ranks:
+        raise ValueError(f"rank {hvd.rank()} is not in {process_set}, so it must not use this compressor")
+    return check_world(communicator, hvd.rank(), hvd.size()), list(process_set.ranks)
+
+
+def _process_sets() -> dict[int, list[int]]:
+    # Horovod 0.28.1 has no public list of process sets.
+    return hvd_process_sets._basics._get_process_set_ids_and_ranks()
+
+
+def check_named_parameters(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+) -> dict[str, torch.nn.Parameter]:
+    """``named_parameters`` as a dictionary.
+
+    Raises:
+        TypeError: not pairs of a name and a tensor.
+        ValueError: none at all, or a name occurs twice.
+    """
+    pairs = list(named_parameters)
+    if any(not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)) for pair in pairs):
+        raise TypeError("named_parameters must be pairs of a name and a parameter: model.named_parameters()")
+    names = [name for name, _ in pairs]
+    if not names:
+        raise ValueError(
+            "named_parameters is empty; a generator can be used only once, so call model.named_parameters() anew"
+        )
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"parameter names must be unique, these are not: {', '.join(twice)}")
+    return dict(pairs)

@@ -1,0 +1,297 @@
+"""The compressed sum over ranks: where operator, memory, wire and exchange become one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import wire
+from .errors import PeerError, RankMismatchError, WireError
+from .ledger import Ledger
+from .memory import Memory
+from .operators import Operator, working_dtype
+from .wire import Message
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
+    from mpi4py import MPI
+
+    from .exchange import Exchange
+
+_STATE_FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The outcome of one exchange."""
+
+    sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device, own storage
+    overflow: list[tuple[int, str]]  # (rank, name) of messages with inf or NaN; no memory was updated if there are any
+
+
+@dataclass
+class _Pending:
+    """A tensor on its way."""
+
+    message: Message
+    compensated: Tensor | None  # None: sent whole, so there is nothing to remember
+
+
+class Reducer:
+    """Sums named tensors over ranks by compressed messages; the result is bit-identical on every rank.
+
+    Tensors are :meth:`add`-ed in any order, which may differ between ranks, and exchanged by one :meth:`reduce`.
+    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes.
+
+    Args:
+        shapes: the shape of each tensor that may come, in an order that is the same on all ranks.
+        operator: compresses each tensor.
+        memory: what was not sent of each tensor; used by this reducer alone.
+        dense_below: tensors with fewer elements are sent whole.
+        seed: of the operators' random draws. A draw depends on the seed, the rank, the exchange and the tensor
+            only, so that neither the order of tensors nor a restart changes it.
+        ledger: where the bytes are written down.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        operator: Operator,
+        memory: Memory,
+        dense_below: int,
+        seed: int,
+        ledger: Ledger,
+    ) -> None:
+        # Configuration
+        self._shapes = dict(shapes)
+        self._ids = {name: id for id, name in enumerate(shapes)}
+        self._operator = operator
+        self._dense_below = dense_below
+        self._seed = seed
+        self._ledger = ledger
+        # State
+        self._memory = memory
+        self._round = 0
+        self._pending: dict[str, _Pending] = {}
+        self._failure: Exception | None = None
+        self._exchange: Exchange | None = None
+        self._saved_as: tuple[int, int] | None = None  # rank and size in the state that was loaded
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are summed over."""
+        assert self._exchange is not None, "open() comes first"
+        return self._exchange.size
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        assert self._exchange is not None, "open() comes first"
+        return self._exchange.rank
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the ranks have met."""
+        return self._exchange is not None
+
+    def open(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> None:
+        """Meet the other ``ranks`` of ``communicator``. Collective over them.
+
+        Args:
+            communicator: contains the ranks.
+            ranks: ascending, this one among them.
+            expects: lines that must be the same on all ranks, besides what this reducer knows itself.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            RankMismatchError: on every rank, when ranks differ or do not come; or when a loaded state belongs to
+                another rank or to another number of ranks.
+        """
+        from .exchange import Exchange, abort_on_uncaught_exception, rendezvous
+
+        private, sent = rendezvous(communicator, ranks, self._statement(expects), timeout)
+        abort_on_uncaught_exception(private)
+        exchange = Exchange(private)
+        here = (exchange.rank, exchange.size)
+        if self._saved_as not in (None, here):
+            raise RankMismatchError(
+                f"this is rank {here[0]} of {here[1]}, but the loaded state was saved by rank {self._saved_as[0]} of "
+                f"{self._saved_as[1]}: each rank loads its own file, and resumes with the same number of ranks"
+            )
+        self._exchange = exchange
+        self._ledger.shared.mpi += sent
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Compress ``tensor`` for the next :meth:`reduce`; a second one of that name replaces the first."""
+        try:
+            self._pending[name] = self._compress(name, tensor)
+        except Exception as error:  # every rank must reach the exchange, which then tells the others
+            self._failure = self._failure or error
+
+    def reduce(self) -> Reduced:
+        """Exchange what was added, on this and all other ranks. Collective.
+
+        Raises:
+            PeerError: another rank failed.
+            RankMismatchError: the ranks added different tensors, or are not at the same exchange.
+            WireError: a message arrived damaged.
+            Exception: whatever :meth:`add` or packing raised on this rank.
+        """
+        assert self._exchange is not None, "open() comes first"
+        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
+        failure = self._failure
+        self._pending, self._failure = {}, None
+        sent_before = self._exchange.sent
+        names = list(pending)
+        shares: list[int] = []
+        if failure is None:
+            try:
+                ids = [self._ids[name] for name in names]
+                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=self._round)
+                buffer, shares = encoded.data, encoded.shares
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=self._round)
+        received = self._exchange.allgatherv(buffer)
+
+        for name, share in zip(names, shares, strict=failure is None):
+            self._ledger.tensors[name].mpi += share
+        self._ledger.shared.mpi += self._exchange.sent - sent_before - sum(shares)
+        self._ledger.exchanges += 1
+        if failure is not None:
+            raise failure
+        device = next(iter(pending.values())).message.values.device if pending else torch.device("cpu")
+        packets = self._open_packets(received, names, device)
+        self._round += 1
+
+        overflow = _overflow(packets, names)
+        if not overflow:
+            for name, p in pending.items():
+                if p.compensated is not None:
+                    self._memory.update(name, p.compensated, p.message)
+        return Reduced({n: _sum([q.messages[i] for q in packets], pending[n]) for i, n in enumerate(names)}, overflow)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
+
+        Raises:
+            RuntimeError: tensors were added that have not been exchanged.
+        """
+        if self._pending:
+            raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
+        exchange = self._exchange
+        return {
+            "format": _STATE_FORMAT,
+            "round": self._round,
+            "seed": self._seed,
+            "rank": exchange.rank if exchange else None,
+            "size": exchange.size if exchange else None,
+            "memory": self._memory.state_dict(),
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; on an error nothing has changed.
+
+        Raises:
+            ValueError: the state is of another format, or holds memories of other tensors than these.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise ValueError(f"expected a compressor's state of format {_STATE_FORMAT}, got {state.get('format')!r}")
+        for name, memory in state["memory"].items():
+            if name not in self._shapes:
+                raise ValueError(f"the state has a memory for {name!r}, which is not a parameter here")
+            if memory.numel() != self._shapes[name].numel():
+                raise ValueError(
+                    f"the state's memory of {name!r} has {memory.numel()} elements, the parameter has "
+                    f"{self._shapes[name].numel()}"
+                )
+        saved_as = None if state["rank"] is None else (state["rank"], state["size"])
+        here = (self._exchange.rank, self._exchange.size) if self._exchange else None
+        if saved_as and here and saved_as != here:
+            raise ValueError(f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}")
+        self._memory.load_state_dict(state["memory"])
+        self._ledger.load_state_dict(state["ledger"])
+        self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
+
+    def _statement(self, expects: str) -> str:
+        shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
+        return "\n".join(
+            [
+                f"message format {wire.VERSION}",
+                f"operator {self._operator!r}",
+                f"memory {type(self._memory).__name__}",
+                f"dense_below={self._dense_below}",
+                f"seed={self._seed}",
+                f"{self._round} exchanges so far",
+                expects,
+                *shapes,
+            ]
+        )
+
+    def _compress(self, name: str, tensor: Tensor) -> _Pending:
+        flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+        if len(flat) < self._dense_below:
+            return _Pending(Message.dense(flat.clone()), None)
+        compensated = self._memory.compensate(name, flat)
+        message = self._operator.encode(compensated, generator=self._generator(name, flat.device))
+        if message.numel != len(flat):
+            raise ValueError(f"{self._operator!r} made a message of {message.numel} elements from {len(flat)}")
+        return _Pending(message, compensated)
+
+    def _generator(self, name: str, device: torch.device) -> torch.Generator:
+        assert self._exchange is not None, "open() comes first"
+        key = struct.pack("<qqqq", self._seed, self._exchange.rank, self._round, self._ids[name])
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def _open_packets(self, received: Sequence[Any], names: list[str], device: torch.device) -> list[wire.Packet]:
+        packets = []
+        for rank, data in enumerate(received):
+            try:
+                packets.append(wire.decode(data, device))
+            except WireError as error:
+                raise WireError(f"from rank {rank}: {error}") from None
+        failed = [f"rank {rank} failed: {p.failure}" for rank, p in enumerate(packets) if p.failure is not None]
+        if failed:
+            raise PeerError("; ".join(failed))
+        ids = [self._ids[name] for name in names]
+        for rank, packet in enumerate(packets):
+            if packet.round != self._round:
+                raise RankMismatchError(f"rank {rank} is at exchange {packet.round}, this rank at {self._round}")
+            if packet.ids != ids:
+                different = {*packet.ids} ^ {*ids}
+                which = ", ".join(name for name, id in self._ids.items() if id in different)
+                raise RankMismatchError(f"rank {rank} and this rank do not send the same tensors: {which}")
+            for name, message in zip(names, packet.messages, strict=True):
+                if message.numel != self._shapes[name].numel():
+                    raise WireError(f"rank {rank} sent {message.numel} elements of {name!r}")
+        return packets
+
+
+def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, str]]:
+    """Which ranks' messages about which tensors hold inf or NaN."""
+    messages = [(rank, name, m) for rank, p in enumerate(packets) for name, m in zip(names, p.messages, strict=True)]
+    if not messages:
+        return []
+    finite = torch.stack([torch.isfinite(m.values).all() for _, _, m in messages]).tolist()
+    return [(rank, name) for (rank, name, _), good in zip(messages, finite, strict=True) if not good]
+
+
+def _sum(messages: list[Message], pending: _Pending) -> Tensor:
+    """In rank order, since floating point addition is not associative and all ranks must get the same bits."""
+    own = pending.message.values
+    flat = torch.zeros(pending.message.numel, dtype=own.dtype, device=own.device)
+    for message in messages:
+        message.to(flat.device).add_to(flat)
+    return flat

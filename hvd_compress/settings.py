@@ -1,0 +1,36 @@
+"""What a compressor is told once, on the gradient path and under local SGD alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import horovod.torch as hvd
+
+from .memory import Memory
+from .operators import Operator
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI
+    from mpi4py import MPI
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How tensors are compressed, and between whom. See :class:`hvd_compress.Compression` for the meanings."""
+
+    operator: Operator
+    memory: Callable[[], Memory]
+    dense_below: int = 1000
+    seed: int = 0
+    timeout: float = 600.0
+    process_set: hvd.ProcessSet | None = None
+    communicator: MPI.Intracomm | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.operator, Operator):
+            raise TypeError(f"operator must be a hvd_compress.operators.Operator, got {self.operator!r}")
+        if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
+            raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
