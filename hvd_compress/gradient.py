@@ -69,7 +69,7 @@ class GradientCompressor(Compressor):
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
 
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:  # type: ignore[override]
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """Take a gradient in; called by Horovod.
 
         Args:
@@ -113,7 +113,7 @@ class GradientCompressor(Compressor):
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype)
 
-    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:  # type: ignore[override]
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """Hand out the reduced gradient; called by Horovod.
 
         Args:
@@ -167,9 +167,12 @@ class GradientCompressor(Compressor):
                 return reducer, self._names[place]
         # With sparse_as_dense=True, Horovod makes a dense copy of a sparse gradient.
         for name, p in self._parameters.items():
-            if p.grad is not None and p.grad.is_sparse and p.shape == tensor.shape and name not in self._submitted:
-                if torch.equal(p.grad.to_dense(), tensor):
-                    return reducer, name
+            grad = p.grad
+            if grad is None or not grad.is_sparse or grad.shape != tensor.shape or name in self._submitted:
+                continue
+            # As bytes, since NaN must be found too.
+            if torch.equal(grad.to_dense().view(torch.uint8), tensor.view(torch.uint8)):
+                return reducer, name
         raise RuntimeError(
             f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._names)} parameters that "
             "this compressor knows: give the same named_parameters to Compression.… and to hvd.DistributedOptimizer, "
@@ -179,11 +182,11 @@ class GradientCompressor(Compressor):
     def _exchange(self, ticket: Tensor) -> None:
         reducer = self._bound()
         # One on each rank, and one on the first rank only: what became of them tells Horovod's operation.
-        average, total = (1.0, 1.0 / reducer.size), (float(reducer.size), 1.0)
-        got = tuple(round(number, 3) for number in ticket.tolist())
-        if got not in [tuple(round(number, 3) for number in wanted) for wanted in (average, total)]:
+        size = reducer.size
+        is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
+        if not is_average and not is_sum:
             raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
-        divisor = reducer.size if got[0] == 1.0 else 1
+        divisor = size if is_average else 1
         self._reduced = {name: gradient.div_(divisor) for name, gradient in reducer.reduce().sums.items()}
 
     def _count_sparse(self) -> None:

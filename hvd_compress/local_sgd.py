@@ -148,7 +148,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             p.copy_(self._anchors[name].sub_(averages[name]))
         self._local_steps = 0
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under one more key the memory, the anchors and the counters.
 
         Each rank saves its own: memories and, between exchanges, parameters differ.
@@ -161,7 +161,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         }
         return {**self.optimizer.state_dict(), _STATE_KEY: own}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on, bit for bit, where :meth:`state_dict` was taken; the model's own state is loaded by the caller.
 
         Raises:
@@ -178,7 +178,9 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             raise ValueError(f"the state was saved with sync_every={own['sync_every']}, this is {self.sync_every}")
         anchors = own["anchors"]
         if anchors is not None:
-            wrong = {name for name, p in self._parameters.items() if name in anchors and p.shape != anchors[name].shape}
+            wrong = {
+                name for name, p in self._parameters.items() if name in anchors and p.shape != anchors[name].shape
+            }
             wrong |= anchors.keys() ^ self._parameters.keys()
             if wrong:
                 raise ValueError(f"the state is of another model; these do not match: {', '.join(sorted(wrong))}")
@@ -269,13 +271,13 @@ class _HorovodAverage:
 
 
 def _averager(
-    compression: type[Compressor] | GradientCompressor,
+    compression: Any,
     process_set: hvd.ProcessSet | None,
     parameters: Mapping[str, torch.nn.Parameter],
 ) -> _CompressedAverage | _HorovodAverage:
     if isinstance(compression, GradientCompressor):
         return _CompressedAverage(compression, process_set, parameters)
-    if compression in (hvd.Compression.none, hvd.Compression.fp16):
+    if compression is hvd.Compression.none or compression is hvd.Compression.fp16:
         return _HorovodAverage(compression, process_set)
     raise TypeError(f"compression must be Compression.none, .fp16 or made by Compression.…, got {compression!r}")
 
@@ -295,5 +297,5 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """Tells the ranks' starting points apart."""
     checksum = 0
     for tensor in tensors.values():
-        checksum = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy(), checksum)
+        checksum = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data, checksum)
     return f"parameters with checksum {checksum:08x} (equal after hvd.broadcast_parameters)"

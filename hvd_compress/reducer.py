@@ -34,7 +34,9 @@ class Reduced:
     """The outcome of one exchange."""
 
     sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device, own storage
-    overflow: list[tuple[int, str]]  # (rank, name) of messages with inf or NaN; no memory was updated if there are any
+    overflow: list[
+        tuple[int, str]
+    ]  # (rank, name) of messages with inf or NaN; no memory was updated if there are any
 
 
 @dataclass
@@ -219,7 +221,9 @@ class Reducer:
         saved_as = None if state["rank"] is None else (state["rank"], state["size"])
         here = (self._exchange.rank, self._exchange.size) if self._exchange else None
         if saved_as and here and saved_as != here:
-            raise ValueError(f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}")
+            raise ValueError(
+                f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
+            )
         self._memory.load_state_dict(state["memory"])
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as

@@ -79,5 +79,9 @@ class _AbortingHook:
                 return
             time.sleep(0.01)
         rank = self._communicator.Get_rank()
-        print(f"hvd_compress: rank {rank} failed with {kind.__name__}; ending the job", file=sys.stderr, flush=True)
+        print(
+            f"hvd_compress: rank {rank} failed with {kind.__name__}; ending the job",
+            file=sys.stderr,
+            flush=True,
+        )
         self._communicator.Abort(1)

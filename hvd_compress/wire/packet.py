@@ -119,21 +119,23 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     buffer = np.frombuffer(data, np.uint8)
     if len(buffer) < HEADER_BYTES:
         raise WireError(f"a message has at least {HEADER_BYTES} bytes, got {len(buffer)}: it was truncated")
-    magic, version, kind, _, count, round, length, checksum = _HEADER.unpack(buffer[:HEADER_BYTES])
+    magic, version, kind, _, count, round, length, checksum = _HEADER.unpack(buffer[:HEADER_BYTES].data)
     if magic != _MAGIC:
         raise WireError(f"not a message of hvd_compress: it starts with {magic!r}, not {_MAGIC!r}")
     if version != VERSION:
-        raise WireError(f"message of format version {version}, this is version {VERSION}: use one release on all ranks")
+        raise WireError(
+            f"message of format version {version}, this is version {VERSION}: use one release on all ranks"
+        )
     body = buffer[HEADER_BYTES:]
     if len(body) != length:
         raise WireError(f"message of {length} bytes arrived with {len(body)}: truncated or run together")
-    if checksum != _checksum(buffer[: HEADER_BYTES - 4], body):
+    if checksum != _checksum(buffer[: HEADER_BYTES - 4].data, body.data):
         raise WireError("message is corrupted: its checksum does not match")
     if kind == _FAILURE:
         return Packet(round, [], [], bytes(body).decode(errors="replace"))
     if kind != _MESSAGES:
         raise WireError(f"unknown kind of packet {kind}")
-    entries, offset = _read_table(memoryview(body), count)
+    entries, offset = _read_table(body.data, count)
     # A copy: received buffers are reused, and bytes are read-only.
     streams = torch.from_numpy(body[offset:].copy()).to(device)
     return Packet(round, [e.id for e in entries], _decode_streams(entries, streams))
@@ -144,7 +146,7 @@ def _seal(kind: int, count: int, round: int, body: bytes) -> Bytes:
     return np.frombuffer(head + struct.pack("<I", _checksum(head, body)) + body, np.uint8)
 
 
-def _checksum(head: bytes | Bytes, body: bytes | Bytes) -> int:
+def _checksum(head: bytes | memoryview, body: bytes | memoryview) -> int:
     return zlib.crc32(body, zlib.crc32(head))
 
 

@@ -1,0 +1,64 @@
+"""Models whose gradients a test knows beforehand, and what ranks need to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+
+class Vectors(torch.nn.Module):
+    """Named parameters w; the loss is Σ w·c, so that the gradient of each w is the c it was given."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, **shapes: Sequence[int]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(tuple(shape), dtype=dtype)))
+
+    def forward(self, gradients: Mapping[str, Tensor]) -> Tensor:
+        """Terms are added in the order of ``gradients``, which sets the order of the backward pass."""
+        terms = [(self.get_parameter(name) * c).sum() for name, c in gradients.items()]
+        loss = terms[0]
+        for term in terms[1:]:
+            loss = loss + term
+        return loss
+
+
+def gradient(
+    shape: Sequence[int], rank: int, step: int, which: int = 0, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Any rank can compute any other's."""
+    generator = torch.Generator().manual_seed(1_000_003 * step + 1009 * rank + which)
+    return torch.randn(tuple(shape), generator=generator).to(dtype)
+
+
+def assert_replicas_identical(tensors: Sequence[Tensor]) -> None:
+    """All ranks hold the same bits."""
+    flat = torch.cat([t.detach().reshape(-1).view(torch.uint8) for t in tensors])
+    for rank, other in enumerate(hvd.allgather(flat[None], name="replicas")):
+        assert torch.equal(other, flat), f"rank {rank} differs from rank {hvd.rank()}"
+
+
+class ByDefinition:
+    """Top-k with error feedback on all ranks, computed on one, straight from the definition."""
+
+    def __init__(self, ranks: int, k: int) -> None:
+        self.k = k
+        self.memories: list[dict[str, Tensor]] = [{} for _ in range(ranks)]
+
+    def sent(self, rank: int, name: str, x: Tensor) -> Tensor:
+        flat = x.reshape(-1)
+        p = self.memories[rank].get(name, torch.zeros_like(flat)) + flat
+        kept = torch.sort(p.abs(), descending=True, stable=True).indices[: self.k]
+        message = torch.zeros_like(p)
+        message[kept] = p[kept]
+        self.memories[rank][name] = p - message
+        return message.reshape(x.shape)
+
+    def total(self, name: str, xs: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros_like(xs[0])
+        for rank, x in enumerate(xs):
+            total += self.sent(rank, name, x)
+        return total

@@ -1,0 +1,564 @@
+"""``hvd.DistributedOptimizer(compression=Compression.topk(…))`` with an unmodified Horovod."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from horovod.torch.compression import Compressor
+from models import ByDefinition, Vectors, assert_replicas_identical, gradient
+from torch import Tensor
+from world import World
+
+from hvd_compress import Compression
+
+SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
+
+
+def wrap(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None, **options: Any) -> tuple[Any, Any]:
+    """A compressor and a distributed optimizer; ``hvd_…`` options go to Horovod."""
+    theirs = {key[4:]: options.pop(key) for key in list(options) if key.startswith("hvd_")}
+    ours = {"k": 5, "dense_below": 0, **options}
+    compression = Compression.topk(named_parameters=model.named_parameters(), **ours)
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    return compression, hvd.DistributedOptimizer(
+        optimizer, named_parameters=model.named_parameters(), compression=compression, **theirs
+    )
+
+
+def gradients(rank: int, step: int, names: Any = SHAPES, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    return {name: gradient(SHAPES[name], rank, step, list(SHAPES).index(name), dtype) for name in names}
+
+
+# What is sent is what the definition says
+
+
+def matches_the_definition(divide: bool, **options: Any) -> None:
+    model = Vectors(**SHAPES)
+    _, optimizer = wrap(model, **options)
+    definition = ByDefinition(hvd.size(), k=5)
+    for step in range(12):
+        names = list(SHAPES)
+        random.Random(100 * step + hvd.rank()).shuffle(names)  # the backward order differs between ranks
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step, names)).backward()
+        optimizer.synchronize()
+        for name in SHAPES:
+            total = definition.total(name, [gradients(r, step)[name] for r in range(hvd.size())])
+            expected = total / hvd.size() if divide else total
+            assert torch.equal(model.get_parameter(name).grad, expected)  # type: ignore[arg-type]
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_average(world: World) -> None:
+    world.run(matches_the_definition, True)
+
+
+def sums() -> None:
+    matches_the_definition(False, hvd_op=hvd.Sum)
+
+
+def predivided() -> None:
+    matches_the_definition(True, hvd_gradient_predivide_factor=3.7)
+
+
+def grouped() -> None:
+    matches_the_definition(True, hvd_groups=2)
+
+
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("variant", [sums, predivided, grouped])
+def test_variants(world: World, variant: Any) -> None:
+    world.run(variant)
+
+
+def accumulates() -> None:
+    model = Vectors(**SHAPES)
+    _, optimizer = wrap(model, hvd_backward_passes_per_step=3)
+    definition = ByDefinition(hvd.size(), k=5)
+    for step in range(4):
+        optimizer.zero_grad()
+        for micro in range(3):
+            model(gradients(hvd.rank(), 3 * step + micro)).backward()
+        optimizer.synchronize()
+        for name in SHAPES:
+            per_rank = []
+            for r in range(hvd.size()):
+                parts = [gradients(r, 3 * step + micro)[name] for micro in range(3)]
+                per_rank.append(parts[0] + parts[1] + parts[2])
+            expected = definition.total(name, per_rank) / hvd.size()
+            assert torch.equal(model.get_parameter(name).grad, expected)  # type: ignore[arg-type]
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.ranks(2)
+def test_backward_passes_per_step(world: World) -> None:
+    world.run(accumulates)
+
+
+# Real models, for many steps: replicas stay bit-identical
+
+
+class Branches(torch.nn.Module):
+    """Uses other branches on other ranks and in another order, has a frozen layer and a tied one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(20, 30)
+        self.branches = torch.nn.ModuleList(torch.nn.Linear(30, 30) for _ in range(4))
+        self.frozen = torch.nn.Linear(30, 30).requires_grad_(False)
+        self.never = torch.nn.Linear(30, 9)
+        self.last = torch.nn.Linear(30, 20)
+        self.last.weight = torch.nn.Parameter(self.first.weight.detach().t().contiguous())
+
+    def forward(self, x: Tensor, order: list[int]) -> Tensor:
+        x = self.first(x).relu()
+        for branch in order:
+            x = x + self.branches[branch](x).tanh()
+        return self.last(self.frozen(x))
+
+
+def replicas_stay_identical(steps: int, options: dict[str, Any]) -> float:
+    torch.manual_seed(hvd.rank())
+    model = Branches()
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    if "hvd_groups" in options:
+        model.never.requires_grad_(False)
+    inner = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.05, momentum=0.9)
+    compression, optimizer = wrap(model, inner, **options)
+    choose = random.Random(hvd.rank())
+    losses = []
+    for step in range(steps):
+        # At least one branch is unused on each rank; Horovod's groups, though, must be complete on all ranks.
+        order = choose.sample(range(4), 4 if "hvd_groups" in options else choose.randint(0, 3))
+        x = torch.randn(8, 20)
+        optimizer.zero_grad()
+        loss = (model(x, order) - x).square().mean()
+        loss.backward()
+        if step % 2:
+            optimizer.synchronize()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+        else:
+            optimizer.step()
+        losses.append(loss.item())
+        assert_replicas_identical(list(model.parameters()))
+    assert sum(losses[-10:]) < sum(losses[:10])
+    return compression.ledger.exchanges
+
+
+@pytest.mark.ranks(2, 3, 4)
+@pytest.mark.parametrize(
+    "options",
+    [{"ratio": 0.05, "k": None}, {"k": 20, "dense_below": 100}, {"k": 20, "dense_below": 100, "hvd_groups": 3}],
+    ids=["everything", "small-dense", "grouped"],
+)
+def test_replicas_identical_with_unused_reordered_and_frozen_parameters(world: World, options: dict) -> None:
+    assert world.run(replicas_stay_identical, 50, options) == [50] * world.ranks
+
+
+def dense_through_horovod_is_plain_horovod() -> None:
+    """``dense_below`` above everything leaves nothing for us, so training is bit for bit Horovod's own."""
+    models = [Vectors(**SHAPES) for _ in range(2)]
+    compression, ours = wrap(models[0], dense_below=1000)
+    plain = hvd.DistributedOptimizer(
+        torch.optim.SGD(models[1].parameters(), lr=1.0), named_parameters=models[1].named_parameters()
+    )
+    for step in range(5):
+        for model, optimizer in zip(models, (ours, plain), strict=True):
+            optimizer.zero_grad()
+            model(gradients(hvd.rank(), step)).backward()
+            optimizer.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    total = compression.ledger.total
+    assert (total.mpi - compression.ledger.shared.mpi, total.horovod, total.ratio > 0.9) == (0, total.dense, True)
+    assert compression.ledger.exchanges == 0
+
+
+@pytest.mark.ranks(2)
+def test_dense_below_everything(world: World) -> None:
+    world.run(dense_through_horovod_is_plain_horovod)
+
+
+def ratio_one_is_the_mean() -> None:
+    model = Vectors(**SHAPES)
+    _, optimizer = wrap(model, k=None, ratio=1.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.synchronize()
+        for name in SHAPES:
+            total = torch.zeros(SHAPES[name])
+            for r in range(hvd.size()):
+                total += gradients(r, step)[name]
+            assert torch.equal(model.get_parameter(name).grad, total / hvd.size())  # type: ignore[arg-type]
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.ranks(3)
+def test_identity_compression_is_the_mean(world: World) -> None:
+    world.run(ratio_one_is_the_mean)
+
+
+# Dtypes, layouts, sparse gradients
+
+
+def other_dtypes() -> None:
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        for dense_below in (0, 50):
+            model = Vectors(dtype, **SHAPES)
+            _, optimizer = wrap(model, dense_below=dense_below)
+            for step in range(3):
+                optimizer.zero_grad()
+                model(gradients(hvd.rank(), step, dtype=dtype)).backward()
+                optimizer.step()
+                assert_replicas_identical(list(model.parameters()))
+            assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+            assert all(bool(p.any()) for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+def test_double_half_and_bfloat16(world: World) -> None:
+    world.run(other_dtypes)
+
+
+def channels_last() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Conv2d(3, 8, 3)
+    strided = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    results = []
+    for model in (plain, strided):
+        _, optimizer = wrap(model, dense_below=10)
+        x = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(hvd.rank()))
+        if model is strided:
+            x = x.to(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+        assert_replicas_identical([p.contiguous() for p in model.parameters()])
+        results.append([p.detach().contiguous() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.ranks(2)
+def test_gradients_that_are_not_contiguous(world: World) -> None:
+    world.run(channels_last)
+
+
+class WithEmbedding(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 8, sparse=True)
+        self.twin = torch.nn.Embedding(50, 8, sparse=True)  # of the same shape, to be told apart
+        self.head = torch.nn.Linear(8, 40)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids) + 2 * self.twin(ids + 1))
+
+
+def sparse_embeddings(as_dense: bool) -> None:
+    torch.manual_seed(0)
+    model = WithEmbedding()
+    inner = torch.optim.SGD(model.parameters(), lr=0.01)
+    compression, optimizer = wrap(model, inner, dense_below=100, k=30, hvd_sparse_as_dense=as_dense)
+    reference = copy.deepcopy(model)
+    for step in range(5):
+        ids = torch.tensor([hvd.rank() + step, 3, 7 + step])
+        before = {n: compression.ledger.tensors[n].horovod for n in ("embedding.weight", "twin.weight")}
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        if step == 0:  # with the same parameters everywhere, embeddings must get exactly the mean gradient
+            means = [torch.zeros(50, 8), torch.zeros(50, 8)]
+            for r in range(hvd.size()):
+                reference.zero_grad()
+                reference(torch.tensor([r + step, 3, 7 + step])).square().sum().backward()
+                for mean, e in zip(means, (reference.embedding, reference.twin), strict=True):
+                    mean += e.weight.grad.to_dense() / hvd.size()  # type: ignore[union-attr]
+        sent = 0 if as_dense else sum(e.weight.grad._indices().nbytes + e.weight.grad._values().nbytes
+                                      for e in (model.embedding, model.twin))  # type: ignore[union-attr]  # fmt: skip
+        optimizer.synchronize()
+        after = {n: compression.ledger.tensors[n].horovod for n in before}
+        if as_dense:
+            assert all(after[n] - before[n] == 8 for n in before)  # a ticket each; the gradient went compressed
+        else:
+            assert sum(after.values()) - sum(before.values()) == sent
+            if step == 0:
+                for mean, e in zip(means, (model.embedding, model.twin), strict=True):
+                    assert torch.allclose(e.weight.grad.to_dense(), mean, atol=1e-5)  # type: ignore[union-attr]
+        with optimizer.skip_synchronize():
+            optimizer.step()
+        assert_replicas_identical(list(model.parameters()))
+    optimizer.zero_grad()
+    (model(torch.tensor([1, 2])).sum() * torch.nan).backward()
+    optimizer.step()
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("as_dense", [False, True])
+def test_sparse_gradients_beside_dense_ones(world: World, as_dense: bool) -> None:
+    world.run(sparse_embeddings, as_dense)
+
+
+def empty_and_scalar() -> None:
+    model = Vectors(none=(0,), one=(), many=(30,))
+    _, optimizer = wrap(model, k=3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model({"none": torch.empty(0), "one": torch.tensor(2.0), "many": torch.zeros(30)}).backward()
+        optimizer.step()
+    assert model.one.item() == -6.0
+    assert not model.many.any()
+
+
+@pytest.mark.ranks(2)
+def test_empty_scalar_and_all_zero_gradients(world: World) -> None:
+    world.run(empty_and_scalar)
+
+
+# inf and NaN
+
+
+def overflow(bad: float, where: str) -> None:
+    """One rank's overflow reaches the optimizer on all ranks, and leaves all memories as they were."""
+    model = Vectors(**SHAPES)
+    compression, optimizer = wrap(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.step()
+    before = {n: m.clone() for n, m in compression.state_dict()["memory"].items()}
+    assert any(m.any() for m in before.values())
+    poisoned = gradients(hvd.rank(), 3)
+    if hvd.rank() == hvd.size() - 1:
+        poisoned[where].view(-1)[-1] = bad
+    optimizer.zero_grad()
+    model(poisoned).backward()
+    optimizer.synchronize()
+    gradient_there = model.get_parameter(where).grad
+    assert gradient_there is not None
+    assert not torch.isfinite(gradient_there).all()
+    assert all(torch.equal(before[n], m) for n, m in compression.state_dict()["memory"].items())
+    with optimizer.skip_synchronize():
+        pass  # as a GradScaler does: the step is left out
+    optimizer.zero_grad()
+    model(gradients(hvd.rank(), 4)).backward()
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_overflow_on_one_rank(world: World, bad: float) -> None:
+    world.run(overflow, bad, "b")
+
+
+# Process sets
+
+
+def in_a_process_set() -> None:
+    pair = hvd.add_process_set([0, 2])
+    try:
+        model = Vectors(**SHAPES)
+        if hvd.rank() in (0, 2):
+            _, optimizer = wrap(model, hvd_process_set=pair)
+            with pytest.raises(ValueError, match="process_set=…"):  # it cannot be known, so it must be said
+                model(gradients(hvd.rank(), 0)).backward()
+        hvd.barrier()
+        model = Vectors(**SHAPES)
+        _, optimizer = wrap(model, hvd_process_set=pair, process_set=pair)
+        definition = ByDefinition(hvd.size(), k=5)
+        for step in range(4):
+            optimizer.zero_grad()
+            model(gradients(hvd.rank(), step)).backward()
+            optimizer.synchronize()
+            for name in SHAPES:
+                grad = model.get_parameter(name).grad
+                assert grad is not None
+                if hvd.rank() == 1:
+                    assert torch.equal(grad, gradients(1, step)[name])  # on its own
+                    continue
+                total = definition.sent(0, name, gradients(0, step)[name]) + definition.sent(
+                    2, name, gradients(2, step)[name]
+                )
+                assert torch.equal(grad, total / 2)
+            with optimizer.skip_synchronize():
+                optimizer.step()
+    finally:
+        hvd.remove_process_set(pair)
+
+
+@pytest.mark.ranks(3)
+def test_process_set(world: World) -> None:
+    world.run(in_a_process_set)
+
+
+# State
+
+
+def resumes_bit_for_bit(steps: int) -> None:
+    def train(model: Vectors, optimizer: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            model(gradients(hvd.rank(), step)).backward()
+            optimizer.step()
+
+    straight = Vectors(**SHAPES)
+    whole, optimizer = wrap(straight)
+    train(straight, optimizer, 0, 2 * steps)
+
+    model = Vectors(**SHAPES)
+    compression, optimizer = wrap(model)
+    train(model, optimizer, 0, steps)
+    saved = copy.deepcopy((compression.state_dict(), model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, steps, steps + 2)  # what comes after the checkpoint is lost in the crash
+
+    model = Vectors(**SHAPES)
+    compression, optimizer = wrap(model)
+    compression.load_state_dict(saved[0])
+    model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    train(model, optimizer, steps, 2 * steps)
+    for a, b in zip(straight.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(torch.equal(m, compression.state_dict()["memory"][n]) for n, m in whole.state_dict()["memory"].items())
+    assert compression.ledger.exchanges == whole.ledger.exchanges == 2 * steps
+    without_handshake = [c.ledger.total.sent - c.ledger.shared.mpi for c in (whole, compression)]
+    assert without_handshake[0] == without_handshake[1]
+
+
+@pytest.mark.ranks(2, 3)
+def test_resume(world: World) -> None:
+    world.run(resumes_bit_for_bit, 5)
+
+
+def bad_states() -> None:
+    model = Vectors(**SHAPES)
+    compression, optimizer = wrap(model)
+    model(gradients(hvd.rank(), 0)).backward()
+    with pytest.raises(RuntimeError, match=r"after step\(\)"):
+        compression.state_dict()
+    optimizer.step()
+    state = compression.state_dict()
+    other = Compression.topk(k=5, named_parameters=Vectors(a=(41,)).named_parameters())
+    with pytest.raises(ValueError, match="41"):
+        other.load_state_dict({**state, "memory": {"a": state["memory"]["a"]}})
+    with pytest.raises(ValueError, match="'b'"):
+        other.load_state_dict({**state, "memory": {"b": state["memory"]["b"]}})
+    with pytest.raises(ValueError, match="format"):
+        other.load_state_dict({"state": {}, "param_groups": []})
+    with pytest.raises(ValueError, match="rank"):
+        compression.load_state_dict({**state, "rank": hvd.rank() + 1})
+    with pytest.raises(ValueError, match=f"of {hvd.size() + 1}"):
+        compression.load_state_dict({**state, "size": hvd.size() + 1})
+
+
+@pytest.mark.ranks(2)
+def test_states_that_do_not_fit(world: World) -> None:
+    world.run(bad_states)
+
+
+# What cannot work says so
+
+
+def refuses_adasum() -> None:
+    model = Vectors(**SHAPES)
+    _, optimizer = wrap(model, hvd_op=hvd.Adasum)
+    with pytest.raises(NotImplementedError, match=r"op=hvd.Average"):
+        model(gradients(hvd.rank(), 0)).backward()
+
+
+def refuses_other_operations() -> None:
+    model = Vectors(**SHAPES)
+    _, optimizer = wrap(model, hvd_op=hvd.Min)
+    model(gradients(hvd.rank(), 0)).backward()
+    with pytest.raises(NotImplementedError, match=r"op=hvd.Average and op=hvd.Sum"):
+        optimizer.step()
+
+
+def refuses_unbound() -> None:
+    model = Vectors(**SHAPES)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5),
+    )
+    with pytest.raises(RuntimeError, match=r"named_parameters=model.named_parameters\(\)"):
+        model(gradients(hvd.rank(), 0)).backward()
+    del optimizer
+
+
+def refuses_strangers() -> None:
+    model, other = Vectors(**SHAPES), Vectors(**SHAPES)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5, named_parameters=other.named_parameters()),
+    )
+    with pytest.raises(RuntimeError, match="belongs to none of the 3 parameters"):
+        model(gradients(hvd.rank(), 0)).backward()
+    del optimizer
+
+
+def refuses_sparse_in_groups() -> None:
+    model = WithEmbedding()
+    _, optimizer = wrap(model, hvd_groups=1)
+    with pytest.raises(NotImplementedError, match="sparse gradient in a group"):
+        model(torch.tensor([1, 2])).sum().backward()
+    del optimizer
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "variant",
+    [refuses_adasum, refuses_other_operations, refuses_unbound, refuses_strangers, refuses_sparse_in_groups],
+)
+def test_what_cannot_work_says_so(world: World, variant: Any) -> None:
+    world.run(variant)
+
+
+def test_it_is_a_compressor_of_horovods() -> None:
+    assert isinstance(Compression.topk(k=1), Compressor)
+    assert Compression.none is hvd.Compression.none
+    assert Compression.fp16 is hvd.Compression.fp16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"ratio": 0}, ValueError, "ratio"),
+        ({"ratio": 1.01}, ValueError, "ratio"),
+        ({"k": 0}, ValueError, "k must"),
+        ({"k": 1, "memory": "residul"}, ValueError, "did you mean 'residual'"),
+        ({"k": 1, "dense_below": -1}, ValueError, "dense_below"),
+        ({"k": 1, "timeout": 0}, ValueError, "timeout"),
+        ({"k": 1, "bogus": 1}, TypeError, "bogus"),
+        ({"k": 1, "named_parameters": []}, ValueError, "empty"),
+        ({"k": 1, "named_parameters": [torch.zeros(1)]}, TypeError, "pairs"),
+        ({"k": 1, "named_parameters": [("w", torch.zeros(1)), ("w", torch.zeros(2))]}, ValueError, "unique"),
+    ],
+)
+def test_bad_settings(arguments: dict, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        Compression.topk(**arguments)
+
+
+def test_by_name() -> None:
+    assert Compression.by_name("none") is hvd.Compression.none
+    assert Compression.by_name("topk", k=3).settings.operator.k == 3  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="did you mean 'topk'"):
+        Compression.by_name("topkk")
+    with pytest.raises(ValueError, match="takes no settings"):
+        Compression.by_name("none", k=3)

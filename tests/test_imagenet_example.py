@@ -1,0 +1,210 @@
+"""The training script, as a user starts it, and its parts that need no ranks."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+import json
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from PIL import Image
+from world import launch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+QUICK = ["--epochs", "1", "--limit-train-batches", "2", "--batch-size", "8"]
+
+
+def run(ranks: int, *arguments: object, quick: bool = True) -> tuple[int, str]:
+    """Exit status and everything printed."""
+    command = [str(EXAMPLES / "imagenet_resnet50.py"), *map(str, arguments), *(QUICK if quick else [])]
+    ended = launch(ranks, command)
+    return ended.returncode, ended.stdout
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("imagenet_resnet50")
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("embedded_images")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """A tree as ImageNet's: two classes of colour images of different sizes."""
+    for split, number in (("train", 8), ("val", 3)):
+        for name, colour in (("n01440764", (200, 30, 30)), ("n01443537", (30, 30, 200))):
+            for i in range(number):
+                path = tmp_path / "photographs" / split / name / f"{i}.JPEG"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40 + 7 * i, 50), colour).save(path)
+    return tmp_path / "photographs"
+
+
+class TestEmbeddedImages:
+    def test_all_digits_are_there(self, embedded: ModuleType, tmp_path: Path) -> None:
+        root = tmp_path / "some" / "digits"
+        embedded.write_digits(root)
+        counts = {split: Counter(p.parent.name for p in (root / split).glob("*/*.png")) for split in ("train", "val")}
+        assert set(counts["train"]) == set(counts["val"]) == set("0123456789")
+        assert (counts["train"].total(), counts["val"].total()) == (1442, 355)
+        for digit in "0123456789":
+            assert counts["val"][digit] == (counts["train"][digit] + counts["val"][digit]) // 5
+        assert [path.name for path in root.parent.iterdir()] == ["digits"]  # nothing temporary is left
+
+    def test_no_image_is_in_both_parts(self, embedded: ModuleType, tmp_path: Path) -> None:
+        embedded.write_digits(tmp_path / "digits")
+        numbers = [path.name for path in (tmp_path / "digits").rglob("*.png")]
+        assert len(set(numbers)) == len(numbers) == 1797
+
+    def test_images_are_the_data_set_s_own(self, embedded: ModuleType, tmp_path: Path) -> None:
+        embedded.write_digits(tmp_path / "digits")
+        first = embedded.load_digits().images[0]
+        with Image.open(tmp_path / "digits" / "train" / "0" / "0000.png") as image:
+            assert image.size == (8, 8)
+            greys = [image.getpixel((column, row)) for row in range(8) for column in range(8)]
+        assert greys == [round(grey * 255 / 16) for grey in first.ravel().tolist()]
+
+    def test_two_trees_are_equal(self, embedded: ModuleType, tmp_path: Path) -> None:
+        digests = []
+        for name in ("one", "two"):
+            root = tmp_path / name
+            embedded.write_digits(root)
+            files = sorted(root.rglob("*.png"))
+            digests.append([(f.relative_to(root), hashlib.sha256(f.read_bytes()).digest()) for f in files])
+        assert digests[0] == digests[1]
+
+    def test_an_existing_tree_is_kept(self, embedded: ModuleType, tmp_path: Path) -> None:
+        (tmp_path / "digits").mkdir()
+        embedded.write_digits(tmp_path / "digits")
+        assert not list((tmp_path / "digits").iterdir())
+
+
+class TestParts:
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 12])
+    def test_every_validation_image_is_on_exactly_one_rank(self, script: ModuleType, size: int) -> None:
+        images = [f"image {i}" for i in range(11)]
+        shards = [list(script.shard(images, rank, size)) for rank in range(size)]
+        assert sorted(sum(shards, [])) == sorted(images)
+        assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+    def test_learning_rate(self, script: ModuleType) -> None:
+        args = argparse.Namespace(warmup_epochs=5, drop_at=[30, 60, 80])
+        factors = {epoch: script.lr_factor(epoch, args) for epoch in (0, 2.5, 5, 29.9, 30, 60, 79.9, 80, 90)}
+        expected = {0: 0, 2.5: 0.5, 5: 1, 29.9: 1, 30: 0.1, 60: 0.01, 79.9: 0.01, 80: 0.001, 90: 0.001}
+        assert factors == pytest.approx(expected)
+        assert script.lr_factor(0, argparse.Namespace(warmup_epochs=0, drop_at=[])) == 1
+
+
+class TestRuns:
+    def test_compare(self, tmp_path: Path) -> None:
+        status, text = run(2, "--compare", "--output", tmp_path)
+        assert status == 0, text
+        assert "No ImageNet was given" in text
+        assert text.count("No ImageNet was given") == 1, "each rank spoke"
+        for expected in ("topk k=1000, H=4", "plain Horovod, fp32", "accuracy", "exchanges", "1.0×"):
+            assert expected in text
+        compressed, plain = metrics(tmp_path)
+        assert plain["megabytes_sent"] == pytest.approx(2 * 23.528522 * 4)  # 2 steps, all parameters for 10 classes
+        assert plain["times_less"] == 1
+        assert plain["exchanges"] == 2
+        assert compressed["exchanges"] == 1  # before the validation: 2 steps are not yet H
+        assert compressed["times_less"] * compressed["megabytes_sent"] == pytest.approx(plain["megabytes_sent"])
+        for epoch in (compressed, plain):
+            right = epoch["accuracy"] * 355  # an odd number of images on two ranks: none may count twice
+            assert right == pytest.approx(round(right))
+        with Image.open(tmp_path / "accuracy-vs-megabytes.png") as picture:
+            assert min(picture.size) > 500
+
+    def test_gradient_path(self, tmp_path: Path) -> None:
+        status, text = run(2, "--optimizer", "gradient", "--ratio", "0.01", "--output", tmp_path)
+        assert status == 0, text
+        assert "topk 0.01, each gradient" in text
+        (epoch,) = metrics(tmp_path)
+        assert epoch["exchanges"] == 2
+        assert 20 < epoch["times_less"] < 100
+
+    def test_half_precision_is_half_the_bytes(self, tmp_path: Path) -> None:
+        status, text = run(2, "--optimizer", "gradient", "--compression", "fp16", "--output", tmp_path)
+        assert status == 0, text
+        (epoch,) = metrics(tmp_path)
+        assert epoch["times_less"] == 2
+        assert epoch["megabytes_sent"] == pytest.approx(2 * 23.528522 * 2)
+
+    def test_photographs_on_three_ranks(self, photographs: Path, tmp_path: Path) -> None:
+        arguments = [
+            "--image-size",
+            "64",
+            "--workers",
+            "1",
+            "--batch-size",
+            "2",
+            "--sync-every",
+            "1",
+            "--epochs",
+            "1",
+        ]
+        status, text = run(3, "--data", photographs, "--output", tmp_path / "out", *arguments, quick=False)
+        assert status == 0, text
+        (epoch,) = metrics(tmp_path / "out")
+        assert epoch["exchanges"] == 3  # 16 images, padded to 6 on each of 3 ranks, by twos
+        assert epoch["accuracy"] * 6 == pytest.approx(round(epoch["accuracy"] * 6))
+
+    def test_one_rank(self, tmp_path: Path) -> None:
+        status, text = run(1, "--optimizer", "gradient", "--output", tmp_path)
+        assert status == 0, text
+        (epoch,) = metrics(tmp_path)
+        assert (epoch["megabytes_sent"], epoch["times_less"]) == (0, None)
+
+
+class TestErrors:
+    def failure(self, *arguments: object, ranks: int = 2) -> str:
+        status, text = run(ranks, *arguments)
+        assert status != 0
+        assert "Traceback" not in text
+        assert text.count("error:") == 1, text
+        return text
+
+    def test_no_validation_directory(self, photographs: Path, tmp_path: Path) -> None:
+        (photographs / "val").rename(photographs / "validation")
+        text = self.failure("--data", photographs, "--output", tmp_path / "out")
+        assert f"there is no directory {photographs / 'val'}" in text
+
+    def test_empty_class(self, photographs: Path, tmp_path: Path) -> None:
+        (photographs / "train" / "n01484850").mkdir()
+        text = self.failure("--data", photographs, "--output", tmp_path / "out")
+        assert "n01484850" in text
+
+    def test_other_classes_in_validation(self, photographs: Path, tmp_path: Path) -> None:
+        (photographs / "val" / "n01443537").rename(photographs / "val" / "n01484850")
+        text = self.failure("--data", photographs, "--output", tmp_path / "out")
+        assert "differ in their classes: n01443537, n01484850" in text
+
+    def test_too_few_images(self, photographs: Path, tmp_path: Path) -> None:
+        text = self.failure(
+            "--data", photographs, "--workers", "0", "--output", tmp_path / "out", "--batch-size", "99"
+        )
+        assert "16 images are too few for 2 ranks of --batch-size 99" in text
+
+    def test_unknown_compressor(self, tmp_path: Path) -> None:
+        text = self.failure("--compression", "topp", "--output", tmp_path)
+        assert "did you mean 'topk'?" in text
+
+    def test_unknown_option(self) -> None:
+        assert "--compresion" in self.failure("--compresion", "topk")
+
+    def test_nothing_to_compare_on_one_rank(self, tmp_path: Path) -> None:
+        assert "2 ranks or more" in self.failure("--compare", "--output", tmp_path, ranks=1)

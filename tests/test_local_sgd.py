@@ -1,0 +1,435 @@
+"""``QsparseLocalSGD``: Algorithm 1 of the paper, its identities, and what it reduces to."""
+
+from __future__ import annotations
+
+import copy
+import math
+from fractions import Fraction
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from models import ByDefinition, Vectors, assert_replicas_identical, gradient
+from torch import Tensor
+from world import World
+
+from hvd_compress import Compression, NonFiniteError, QsparseLocalSGD, RankMismatchError
+
+SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
+
+
+def gradients(rank: int, step: int) -> dict[str, Tensor]:
+    return {name: gradient(shape, rank, step, which) for which, (name, shape) in enumerate(SHAPES.items())}
+
+
+def wrap(model: torch.nn.Module, lr: float = 0.5, sync_every: int = 1, momentum: float = 0.0, **options: Any) -> Any:
+    compression = Compression.topk(**{"k": 5, "dense_below": 0, **options})
+    inner = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum)
+    return QsparseLocalSGD(
+        inner, named_parameters=model.named_parameters(), compression=compression, sync_every=sync_every
+    )
+
+
+def train(model: Vectors, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.step()
+
+
+# Algorithm 1
+
+
+def traces_by_hand(sync_every: int) -> None:
+    """Two ranks, top-1 of two elements, η = 1/2, in exact fractions, line by line of Algorithm 1.
+
+    The numbers are dyadic, so float32 computes them exactly and the comparison is for equality.
+    """
+    size, steps, eta = hvd.size(), 8, Fraction(1, 2)
+    slopes = [[[3, 2], [1, 1], [0, -2], [5, 4], [1, 0], [0, 0], [-1, 3], [2, 2]],
+              [[-1, 4], [2, -2], [1, 1], [0, 3], [-4, 1], [2, 0], [1, -1], [0, 6]]][:size]  # fmt: skip
+    x = [Fraction(0), Fraction(0)]
+    local = [list(x) for _ in range(size)]
+    memory = [[Fraction(0), Fraction(0)] for _ in range(size)]
+
+    model = Vectors(w=(2,))
+    optimizer = wrap(model, sync_every=sync_every, k=1)
+    for t in range(steps):
+        optimizer.zero_grad()
+        model({"w": torch.tensor(slopes[hvd.rank()][t], dtype=torch.float32)}).backward()
+        optimizer.step()
+
+        for r in range(size):
+            local[r] = [v - eta * g for v, g in zip(local[r], slopes[r][t], strict=True)]  # line 4
+        if (t + 1) % sync_every == 0:
+            sent = []
+            for r in range(size):
+                p = [m + a - b for m, a, b in zip(memory[r], x, local[r], strict=True)]  # line 8
+                kept = 0 if abs(p[0]) >= abs(p[1]) else 1  # line 9: top-1, the lower index among equals
+                sent.append([p[i] if i == kept else Fraction(0) for i in range(2)])
+                memory[r] = [a - b for a, b in zip(p, sent[r], strict=True)]  # line 10
+            x = [v - sum(s[i] for s in sent) / size for i, v in enumerate(x)]  # line 13
+            local = [list(x) for _ in range(size)]  # line 11
+        assert [Fraction(v) for v in model.w.tolist()] == local[hvd.rank()]
+        own = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"].get("w", torch.zeros(2))
+        assert [Fraction(v) for v in own.tolist()] == memory[hvd.rank()]
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("sync_every", [1, 2, 3])
+def test_algorithm_1_in_exact_fractions(world: World, sync_every: int) -> None:
+    world.run(traces_by_hand, sync_every)
+
+
+def matches_the_definition(sync_every: int, momentum: float) -> None:
+    size = hvd.size()
+    model = Vectors(**SHAPES)
+    optimizer = wrap(model, sync_every=sync_every, momentum=momentum)
+    definition = ByDefinition(size, k=5)
+    x = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    local = [Vectors(**SHAPES) for _ in range(size)]
+    inner = [torch.optim.SGD(m.parameters(), lr=0.5, momentum=momentum) for m in local]
+    for step in range(10):
+        train(model, optimizer, step, step + 1)
+        for r in range(size):
+            inner[r].zero_grad()
+            local[r](gradients(r, step)).backward()
+            inner[r].step()
+        if (step + 1) % sync_every == 0:
+            for name in SHAPES:
+                moved = [x[name] - local[r].get_parameter(name).detach() for r in range(size)]
+                x[name] = x[name] - definition.total(name, moved) / size
+                for m in local:
+                    m.get_parameter(name).data.copy_(x[name])
+        for name in SHAPES:
+            assert torch.equal(model.get_parameter(name), local[hvd.rank()].get_parameter(name))
+
+
+@pytest.mark.ranks(1, 2, 3)
+@pytest.mark.parametrize(("sync_every", "momentum"), [(1, 0.0), (4, 0.9)])
+def test_against_all_ranks_computed_on_one(world: World, sync_every: int, momentum: float) -> None:
+    world.run(matches_the_definition, sync_every, momentum)
+
+
+def telescopes(sync_every: int) -> None:
+    """x_T − (1/R) Σ m_T = x_0 − (1/R) Σ_r Σ_t η ∇f, exactly: all numbers are dyadic and R is a power of two."""
+    model = Vectors(w=(64,))
+    optimizer = wrap(model, lr=0.25, sync_every=sync_every, k=3)
+    walked = torch.zeros(64)
+    for step in range(23):
+        generator = torch.Generator().manual_seed(1000 * step + hvd.rank())
+        slope = torch.randint(-32, 32, (64,), generator=generator) / 8
+        optimizer.zero_grad()
+        model({"w": slope}).backward()
+        optimizer.step()
+        walked += 0.25 * slope
+    optimizer.synchronize()
+    memory = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"]["w"]
+    assert memory.any()
+    mean = hvd.allreduce(torch.stack([walked, memory]), name="mean", op=hvd.Sum) / hvd.size()
+    assert torch.equal(model.w.detach() - mean[1], -mean[0])
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("sync_every", [1, 5, 100])
+def test_telescoping_identity(world: World, sync_every: int) -> None:
+    world.run(telescopes, sync_every)
+
+
+# Reductions to known algorithms
+
+
+def identity_is_synchronous_sgd(compression: str) -> None:
+    """H = 1 without compression and without momentum: one step of SGD with the mean gradient."""
+    model = Vectors(**SHAPES)
+    chosen = Compression.none if compression == "none" else Compression.topk(ratio=1.0, dense_below=0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=chosen)
+    reference = Vectors(**SHAPES)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.5)
+    for step in range(10):
+        train(model, optimizer, step, step + 1)
+        plain.zero_grad()
+        for name in SHAPES:
+            total = sum(gradients(r, step)[name] for r in range(hvd.size()))
+            reference.get_parameter(name).grad = total / hvd.size()  # type: ignore[operator]
+        plain.step()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("compression", ["none", "topk"])
+def test_identity_and_h_1_is_synchronous_sgd(world: World, compression: str) -> None:
+    world.run(identity_is_synchronous_sgd, compression)
+
+
+def identity_is_local_sgd(compression: str) -> None:
+    """H > 1 without compression: parameters are averaged every H steps, momentum buffers are not."""
+    model = Vectors(**SHAPES)
+    chosen = Compression.none if compression == "none" else Compression.topk(ratio=1.0, dense_below=0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+    optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=chosen, sync_every=4)
+    reference = Vectors(**SHAPES)
+    plain = torch.optim.SGD(reference.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+    for step in range(12):
+        train(model, optimizer, step, step + 1)
+        plain.zero_grad()
+        reference(gradients(hvd.rank(), step)).backward()
+        plain.step()
+        if (step + 1) % 4 == 0:
+            for name, p in reference.named_parameters():
+                p.data = hvd.allreduce(p.data, name=f"reference.{name}", op=hvd.Average)
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("compression", ["none", "topk"])
+def test_identity_and_h_above_1_is_local_sgd(world: World, compression: str) -> None:
+    world.run(identity_is_local_sgd, compression)
+
+
+def one_rank_is_sequential(make: Any) -> None:
+    """R = 1 without compression; dyadic numbers, so that x − (x − y) is exactly y."""
+    models = [Vectors(w=(16,)) for _ in range(2)]
+    inner = make(models[0].parameters())
+    optimizer = QsparseLocalSGD(
+        inner,
+        named_parameters=models[0].named_parameters(),
+        compression=Compression.topk(ratio=1.0, dense_below=0),
+        sync_every=3,
+    )
+    plain = make(models[1].parameters())
+    for step in range(10):
+        slope = torch.randint(-8, 8, (16,), generator=torch.Generator().manual_seed(step)) / 8
+        for model, opt in zip(models, (optimizer, plain), strict=True):
+            opt.zero_grad()
+            model({"w": slope}).backward()
+            opt.step()
+    assert torch.equal(models[0].w, models[1].w)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.25, momentum=0.5)
+
+
+@pytest.mark.ranks(1)
+def test_one_rank_is_sequential_sgd(world: World) -> None:
+    world.run(one_rank_is_sequential, sgd)
+
+
+# Exchanges
+
+
+def counts_exchanges(steps: int, sync_every: int) -> tuple[int, int]:
+    model = Vectors(**SHAPES)
+    optimizer = wrap(model, sync_every=sync_every)
+    train(model, optimizer, 0, steps)
+    automatic = optimizer.ledger.exchanges
+    optimizer.synchronize()
+    optimizer.synchronize()  # nothing has moved since, so nothing is sent
+    assert_replicas_identical(list(model.parameters()))
+    return automatic, optimizer.ledger.exchanges
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("steps", "sync_every"), [(12, 4), (13, 4), (3, 4), (7, 1), (0, 4)])
+def test_number_of_exchanges(world: World, steps: int, sync_every: int) -> None:
+    expected = (steps // sync_every, math.ceil(steps / sync_every))
+    assert world.run(counts_exchanges, steps, sync_every) == [expected] * 2
+
+
+def any_optimizer_and_schedule(sync_every: int) -> None:
+    """Adam, a scheduler, parameter groups and a real model; replicas equal after each exchange."""
+    torch.manual_seed(hvd.rank())
+    model = torch.nn.Sequential(
+        torch.nn.Linear(16, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 4)
+    )
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    groups = [
+        {"params": model[0].parameters(), "lr": 0.01},
+        {"params": [*model[1].parameters(), *model[3].parameters()]},
+    ]
+    optimizer = QsparseLocalSGD(
+        torch.optim.Adam(groups, lr=0.02),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(ratio=0.05, dense_below=100),
+        sync_every=sync_every,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+    target = torch.randn(16, 4, generator=torch.Generator().manual_seed(9))
+    losses = []
+    for step in range(60):
+        x = torch.randn(32, 16)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x), (x @ target).argmax(1))
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % sync_every == 0:
+            assert_replicas_identical(list(model.parameters()))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert optimizer.param_groups[0]["lr"] == optimizer.optimizer.param_groups[0]["lr"] < 1e-3
+    assert optimizer.ledger.total.ratio > 5 * sync_every / 2
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize("sync_every", [1, 5])
+def test_any_optimizer_trains(world: World, sync_every: int) -> None:
+    world.run(any_optimizer_and_schedule, sync_every)
+
+
+def within_process_set() -> None:
+    pair = hvd.add_process_set([0, 2])
+    try:
+        for compression in (Compression.topk(k=5, dense_below=0, process_set=pair), Compression.none):
+            if hvd.rank() in (0, 2):
+                model = Vectors(**SHAPES)
+                optimizer = QsparseLocalSGD(
+                    torch.optim.SGD(model.parameters(), lr=0.5),
+                    named_parameters=model.named_parameters(),
+                    compression=compression,
+                    process_set=pair,
+                )
+                train(model, optimizer, 0, 3)
+                flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+                both = hvd.allgather(flat[None], name="pair", process_set=pair)
+                assert torch.equal(both[0], both[1])
+            hvd.barrier()
+    finally:
+        hvd.remove_process_set(pair)
+
+
+@pytest.mark.ranks(3)
+def test_process_set(world: World) -> None:
+    world.run(within_process_set)
+
+
+# State
+
+
+def resumes_bit_for_bit(at: int) -> None:
+    straight = Vectors(**SHAPES)
+    whole = wrap(straight, sync_every=4, momentum=0.9)
+    train(straight, whole, 0, 18)
+
+    model = Vectors(**SHAPES)
+    optimizer = wrap(model, sync_every=4, momentum=0.9)
+    train(model, optimizer, 0, at)
+    saved = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    train(model, optimizer, at, at + 3)
+
+    model = Vectors(**SHAPES)
+    optimizer = wrap(model, sync_every=4, momentum=0.9)
+    model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[0])
+    train(model, optimizer, at, 18)
+    whole.synchronize()
+    optimizer.synchronize()
+    for a, b in zip(straight.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("at", [0, 8, 10])
+def test_resume_between_and_at_exchanges(world: World, at: int) -> None:
+    world.run(resumes_bit_for_bit, at)
+
+
+def refuses_states_that_do_not_fit() -> None:
+    model = Vectors(**SHAPES)
+    optimizer = wrap(model, sync_every=4)
+    train(model, optimizer, 0, 4)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="plain optimizer"):
+        optimizer.load_state_dict(optimizer.optimizer.state_dict())
+    with pytest.raises(ValueError, match="sync_every=4"):
+        wrap(Vectors(**SHAPES), sync_every=2).load_state_dict(state)
+    with pytest.raises(ValueError, match="another model"):
+        wrap(Vectors(a=(40,)), sync_every=4).load_state_dict(state)
+    plain = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5), named_parameters=model.named_parameters(), sync_every=4
+    )
+    with pytest.raises(ValueError, match="same compression"):
+        plain.load_state_dict(state)
+
+
+@pytest.mark.ranks(2)
+def test_states_that_do_not_fit(world: World) -> None:
+    world.run(refuses_states_that_do_not_fit)
+
+
+# What goes wrong
+
+
+def divergence() -> None:
+    model = Vectors(**SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    train(model, optimizer, 0, 2)
+    synchronised = copy.deepcopy(model.state_dict())
+    memory = copy.deepcopy(optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"])
+    bad = gradients(hvd.rank(), 2)
+    if hvd.rank() == 1:
+        bad["b"][0, 0] = math.inf
+    optimizer.zero_grad()
+    model(bad).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(gradients(hvd.rank(), 3)).backward()
+    with pytest.raises(NonFiniteError, match="b on rank 1"):
+        optimizer.step()
+    assert all(torch.equal(p, synchronised[n]) for n, p in model.named_parameters())
+    after = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"]
+    assert all(torch.equal(m, memory[n]) for n, m in after.items())
+    train(model, optimizer, 4, 6)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_a_rank_that_diverges_stops_all_and_spoils_nothing(world: World) -> None:
+    world.run(divergence)
+
+
+def other_starting_points() -> None:
+    torch.manual_seed(hvd.rank())
+    model = torch.nn.Linear(30, 40)
+    optimizer = wrap(model)
+    model(torch.ones(2, 30)).sum().backward()
+    with pytest.raises(RankMismatchError, match=r"rank 0 and rank 1 .*checksum.*broadcast_parameters"):
+        optimizer.step()
+
+
+@pytest.mark.ranks(2, 3)
+def test_ranks_that_start_apart(world: World) -> None:
+    world.run(other_starting_points)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"sync_every": 0}, ValueError, "sync_every"),
+        ({"sync_every": 2.5}, ValueError, "sync_every"),
+        ({"compression": "topk"}, TypeError, "compression must be"),
+        ({"compression": Compression.topk}, TypeError, "compression must be"),
+        ({"named_parameters": [("a", torch.nn.Parameter(torch.zeros(2)))]}, ValueError, "not in named_parameters"),
+        ({"optimizer": None}, TypeError, "optimizer must be"),
+    ],
+)
+def test_bad_arguments(arguments: dict, error: type[Exception], text: str) -> None:
+    model = Vectors(**SHAPES)
+    usual: dict[str, Any] = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "named_parameters": model.named_parameters(),
+    }
+    with pytest.raises(error, match=text):
+        QsparseLocalSGD(**{**usual, **arguments})
+
+
+def test_a_changed_model_needs_a_new_optimizer() -> None:
+    model = Vectors(**SHAPES)
+    with pytest.raises(NotImplementedError, match="new QsparseLocalSGD"):
+        wrap(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})

@@ -1,0 +1,239 @@
+"""The wire format: exact round trips, sizes, and input that cannot be trusted."""
+
+from __future__ import annotations
+
+import math
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_compress import WireError
+from hvd_compress.wire import HEADER_BYTES, Message, decode, encode, encode_failure
+from hvd_compress.wire.bits import pack_fields, pack_unary, unpack_fields, unpack_unary
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    return tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@st.composite
+def messages(draw: st.DrawFn) -> Message:
+    shape = tuple(draw(st.lists(st.integers(0, 9), max_size=9)))
+    numel = math.prod(shape)
+    dtype = draw(st.sampled_from(DTYPES))
+    finite_or_not = st.floats(width=16) | st.sampled_from([1.0, -2.0, 0.0, math.inf])
+    if draw(st.booleans()):
+        values = draw(st.lists(finite_or_not, min_size=min(numel, 50), max_size=min(numel, 50)))
+        return Message.dense(torch.tensor((values * (numel // 50 + 1))[:numel], dtype=dtype).reshape(shape))
+    indices = sorted(draw(st.sets(st.integers(0, numel - 1), max_size=40))) if numel else []
+    values = draw(st.lists(finite_or_not, min_size=len(indices), max_size=len(indices)))
+    return Message(shape, torch.tensor(indices, dtype=torch.int64), torch.tensor(values, dtype=dtype))
+
+
+def assert_equal(sent: Message, received: Message) -> None:
+    """Equal as receivers see them, to the bit; only the sign of a zero that was not sent may differ."""
+    a, b = sent.decode(), received.decode()
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    zero = a == 0
+    assert torch.equal(zero, b == 0)
+    assert bits_of(a.masked_fill(zero, 0.0)) == bits_of(b.masked_fill(zero, 0.0))
+
+
+@given(st.lists(messages(), max_size=6), st.integers(0, 2**40))
+def test_round_trip_is_exact(sent: list[Message], round: int) -> None:
+    encoded = encode(sent, round=round)
+    packet = decode(encoded.data)
+    assert (packet.round, packet.ids, packet.failure) == (round, list(range(len(sent))), None)
+    for a, b in zip(sent, packet.messages, strict=True):
+        assert_equal(a, b)
+    assert HEADER_BYTES + sum(encoded.shares) == len(encoded.data)
+    assert encode(packet.messages, round=round).data.tobytes() == encoded.data.tobytes()
+
+
+@given(messages())
+def test_single_message_round_trip(sent: Message) -> None:
+    assert_equal(sent, Message.from_bytes(sent.to_bytes()))
+
+
+def test_ids_may_leave_gaps() -> None:
+    ids = [0, 3, 4, 1_000_000]
+    assert decode(encode([Message.dense(torch.ones(i + 1)) for i in range(4)], ids=ids).data).ids == ids
+
+
+@pytest.mark.parametrize("numel", [2**24 + 5, 2**31 + 9, 2**40])
+def test_indices_beyond_what_a_float_or_an_int32_holds(numel: int) -> None:
+    indices = torch.tensor([0, 2**24 + 1, numel - 2, numel - 1])
+    received = Message.from_bytes(Message((numel,), indices, torch.ones(4)).to_bytes())
+    assert torch.equal(received.indices, indices)  # type: ignore[arg-type]
+
+
+@given(st.lists(st.tuples(st.integers(0, 31), st.integers(0)), max_size=200))
+def test_fields_against_a_big_integer(pairs: list[tuple[int, int]]) -> None:
+    widths = [w for w, _ in pairs]
+    fields = [f % (1 << w) for w, f in pairs]
+    number, position = 0, 0
+    for width, value in zip(widths, fields, strict=True):
+        number |= value << position
+        position += width
+    w, f = torch.tensor(widths, dtype=torch.int64), torch.tensor(fields, dtype=torch.int64)
+    packed = pack_fields(f, w, position)
+    assert packed.numpy().tobytes() == number.to_bytes((position + 7) // 8, "little")
+    assert torch.equal(unpack_fields(packed, w), f)
+
+
+@given(st.lists(st.integers(0, 300), max_size=100))
+def test_unary_against_a_string(runs: list[int]) -> None:
+    text = "".join("0" * run + "1" for run in runs)
+    packed = pack_unary(torch.tensor(runs, dtype=torch.int64), len(text))
+    assert packed.numpy().tobytes() == int("0" + text[::-1], 2).to_bytes((len(text) + 7) // 8, "little")
+    assert unpack_unary(packed).tolist() == runs
+
+
+def entropy_bytes(numel: int, count: int) -> float:
+    """log2 C(numel, count) / 8."""
+    return (math.lgamma(numel + 1) - math.lgamma(count + 1) - math.lgamma(numel - count + 1)) / math.log(2) / 8
+
+
+@pytest.mark.parametrize("ratio", [0.001, 0.01, 0.1])
+def test_uniform_supports_cost_their_entropy(ratio: float) -> None:
+    """Rule: the drawn support (fixed seed) costs at most 1 % more than log2 C(d, k) and 4 bytes per value."""
+    numel = 2_560_000
+    count = int(numel * ratio)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randperm(numel, generator=generator)[:count]
+    encoded = encode([Message.sparse((numel,), indices, torch.ones(count))])
+    assert len(encoded.data) <= 1.01 * (entropy_bytes(numel, count) + 4 * count) + HEADER_BYTES + 9
+
+
+@given(st.integers(1, 10_000), st.data())
+def test_no_support_costs_more_than_fixed_width_indices(numel: int, data: st.DataObject) -> None:
+    indices = sorted(data.draw(st.sets(st.integers(0, numel - 1), max_size=60)))
+    encoded = encode([Message((numel,), torch.tensor(indices, dtype=torch.int64), torch.ones(len(indices)))])
+    index_bits = (numel - 1).bit_length() * len(indices)
+    table = 2 + 2 + 1  # form, shape and count of such sizes
+    # The two index streams end at whole bytes each.
+    assert len(encoded.data) <= HEADER_BYTES + table + (index_bits + 7) // 8 + 1 + 4 * len(indices)
+
+
+def test_zeros_are_not_sent() -> None:
+    values = torch.tensor([1.0, 0.0, -0.0, 2.0])
+    sent = Message((100,), torch.tensor([3, 5, 7, 9]), values)
+    received = Message.from_bytes(sent.to_bytes())
+    assert received.indices is not None
+    assert received.indices.tolist() == [3, 9]
+    assert torch.equal(received.decode(), sent.decode())
+
+
+def test_nan_payloads_survive() -> None:
+    odd = torch.tensor([0x7FC12345, 0x7F800000], dtype=torch.int32).view(torch.float32)
+    received = Message.from_bytes(Message((9,), torch.tensor([1, 2]), odd).to_bytes())
+    assert bits_of(received.values) == bits_of(odd)
+
+
+@pytest.mark.parametrize(
+    ("indices", "complaint"),
+    [([3, 3], "strictly ascending"), ([4, 2], "strictly ascending"), ([2, 10], "below"), ([-1, 2], "ascending")],
+)
+def test_wrong_indices_are_refused_when_sending(indices: list[int], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        encode([Message((10,), torch.tensor(indices), torch.ones(2))])
+
+
+def test_other_bad_messages_are_refused_when_sending() -> None:
+    with pytest.raises(ValueError, match="one length"):
+        Message.sparse((5,), torch.tensor([1, 2]), torch.ones(3))
+    with pytest.raises(ValueError, match="float"):
+        encode([Message.dense(torch.ones(3, dtype=torch.int32))])
+    with pytest.raises(ValueError, match="ascend"):
+        encode([Message.dense(torch.ones(3))] * 2, ids=[1, 1])
+
+
+def test_sparse_sorts() -> None:
+    message = Message.sparse((5,), torch.tensor([4, 1]), torch.tensor([4.0, 1.0]))
+    assert message.decode().tolist() == [0.0, 1.0, 0.0, 0.0, 4.0]
+
+
+def test_a_failure_travels_as_text() -> None:
+    packet = decode(encode_failure("ValueError: größer", round=7))
+    assert (packet.failure, packet.round, packet.messages) == ("ValueError: größer", 7, [])
+
+
+def sample() -> bytes:
+    generator = torch.Generator().manual_seed(1)
+    sparse = Message.sparse((50, 100), torch.randperm(5000, generator=generator)[:300], torch.ones(300))
+    few = Message((4000,), torch.tensor([17]), torch.ones(1))
+    return encode([sparse, few, Message.dense(torch.arange(9.0).reshape(3, 3))]).data.tobytes()
+
+
+def reseal(data: bytearray) -> bytes:
+    """With a right length and checksum, so that the inner checks are reached."""
+    body = data[HEADER_BYTES:]
+    data[20:28] = struct.pack("<Q", len(body))
+    data[28:32] = struct.pack("<I", zlib.crc32(body, zlib.crc32(data[:28])))
+    return bytes(data)
+
+
+def test_truncated_foreign_and_corrupted_input() -> None:
+    good = sample()
+    for end in range(len(good)):
+        with pytest.raises(WireError):
+            decode(good[:end])
+    with pytest.raises(WireError, match="truncated or run together"):
+        decode(good + b"\0")
+    with pytest.raises(WireError, match="not a message of hvd_compress"):
+        decode(b"PK\3\4" + good[4:])
+    with pytest.raises(WireError, match="version 9"):
+        decode(good[:4] + b"\x09" + good[5:])
+    for position in range(len(good)):
+        with pytest.raises(WireError):
+            decode(good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :])
+
+
+@settings(max_examples=3000, deadline=None)
+@given(st.integers(0, 2**32))
+def test_mutated_messages_raise_or_decode_within_bounds(seed: int) -> None:
+    """Also with a right checksum, no mutation makes the decoder read outside or return impossible messages."""
+    rng = random.Random(seed)
+    data = bytearray(sample())
+    for _ in range(rng.randint(1, 4)):
+        kind, position = rng.random(), rng.randrange(HEADER_BYTES, len(data))
+        if kind < 0.6:
+            data[min(position, HEADER_BYTES + rng.randrange(24))] = rng.randrange(256)  # mostly the table
+        elif kind < 0.8:
+            del data[position : position + rng.randint(1, 8)]
+        else:
+            data[position:position] = rng.randbytes(rng.randint(1, 8))
+    if rng.random() < 0.2:
+        data[8:12] = struct.pack("<I", rng.choice([0, 1, 4, 2**32 - 1]))
+    try:
+        packet = decode(reseal(data))
+    except WireError:
+        return
+    for message in packet.messages:
+        if message.indices is not None:
+            assert len(message.indices) == len(message.values) < message.numel
+            steps = np.diff(message.indices.numpy(), prepend=-1)
+            assert (steps > 0).all()
+            assert len(message.indices) == 0 or int(message.indices[-1]) < message.numel
+        else:
+            assert len(message.values) == message.numel
+
+
+@pytest.mark.gpu
+def test_gpu_packs_the_same_bytes() -> None:
+    generator = torch.Generator().manual_seed(1)
+    indices = torch.randperm(500_000, generator=generator)[:7000]
+    values = torch.randn(7000, generator=generator)
+    here = Message.sparse((500_000,), indices, values)
+    there = here.to(torch.device("cuda"))
+    assert encode([there]).data.tobytes() == encode([here]).data.tobytes()
+    assert torch.equal(decode(here.to_bytes(), "cuda").messages[0].decode().cpu(), here.decode())
