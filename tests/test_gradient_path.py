@@ -475,7 +475,7 @@ def test_states_that_do_not_fit(world: World) -> None:
 
 def refuses_adasum() -> None:
     model = Vectors(**SHAPES)
-    _, optimizer = wrap(model, hvd_op=hvd.Adasum)
+    _, _optimizer = wrap(model, hvd_op=hvd.Adasum)
     with pytest.raises(NotImplementedError, match=r"op=hvd.Average"):
         model(gradients(hvd.rank(), 0)).backward()
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,7 +99,7 @@ class TestParts:
     def test_every_validation_image_is_on_exactly_one_rank(self, script: ModuleType, size: int) -> None:
         images = [f"image {i}" for i in range(11)]
         shards = [list(script.shard(images, rank, size)) for rank in range(size)]
-        assert sorted(sum(shards, [])) == sorted(images)
+        assert sorted(chain.from_iterable(shards)) == sorted(images)
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
     def test_learning_rate(self, script: ModuleType) -> None:

@@ -24,7 +24,7 @@ START_SECONDS = 180  # for the imports of several ranks on a busy machine
 GRACE_SECONDS = 10  # for the other ranks to end after one has failed
 
 
-class RankFailure(AssertionError):
+class RankFailedError(AssertionError):
     """At least one rank raised, died or hung; the text has each one's story."""
 
 
@@ -51,7 +51,7 @@ def launch(ranks: int, script: str | Sequence[str], timeout: float = 120) -> sub
     """Run a script (its source, or a command line) on ranks of its own; stdout and stderr come together.
 
     Raises:
-        RankFailure: it did not end in time, and was killed.
+        RankFailedError: it did not end in time, and was killed.
     """
     program = ["-c", script] if isinstance(script, str) else list(script)
     command = [*mpirun_command(ranks), sys.executable, *program]
@@ -69,7 +69,7 @@ def launch(ranks: int, script: str | Sequence[str], timeout: float = 120) -> sub
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
-        raise RankFailure(f"{ranks} ranks did not end within {timeout:g} s. Output:\n{output}") from None
+        raise RankFailedError(f"{ranks} ranks did not end within {timeout:g} s. Output:\n{output}") from None
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
@@ -98,7 +98,7 @@ class World:
             What it returned on each rank, in rank order.
 
         Raises:
-            RankFailure: it raised on a rank, or a rank did not come back within ``timeout`` seconds.
+            RankFailedError: it raised on a rank, or a rank did not come back within ``timeout`` seconds.
         """
         limit = timeout if self._jobs else timeout + START_SECONDS
         job = self._directory / f"job-{self._jobs}"
@@ -124,7 +124,7 @@ class World:
             self.close()
             self._log.seek(0)
             stories.append(f"--- output\n{self._log.read()[-8000:]}")
-        raise RankFailure("\n".join([f"{function.__qualname__} failed on {self.ranks} ranks", *stories]))
+        raise RankFailedError("\n".join([f"{function.__qualname__} failed on {self.ranks} ranks", *stories]))
 
     def close(self) -> None:
         """End the ranks, by force if need be."""

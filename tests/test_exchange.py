@@ -1,0 +1,413 @@
+"""Ranks that meet, agree, exchange and fail together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from models import Vectors, gradient
+from torch import Tensor
+from world import RankFailedError, World, launch
+
+from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError, WireError
+from hvd_compress.operators import Operator, TopK
+from hvd_compress.wire import Message
+
+SHAPES = {"small": (9,), "wide": (30, 40), "long": (5000,)}
+
+
+def gradients(rank: int, step: int) -> dict[str, Tensor]:
+    return {name: gradient(shape, rank, step, which) for which, (name, shape) in enumerate(SHAPES.items())}
+
+
+def wrap(model: torch.nn.Module, compression: Any) -> Any:
+    return hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+    )
+
+
+# Buffers
+
+
+def unequal_buffers() -> None:
+    from mpi4py import MPI
+
+    from hvd_compress.exchange import Exchange
+
+    exchange = Exchange(MPI.COMM_WORLD.Dup())
+    sent = 0
+    for round in range(20):
+        lengths = [(7 * r * r + round) % 11 * 1000 * (round % 3) for r in range(exchange.size)]
+        buffers = [np.full(n, 17 * r + round, np.uint8) for r, n in enumerate(lengths)]
+        received = exchange.allgatherv(buffers[exchange.rank])
+        assert all(np.array_equal(a, b) for a, b in zip(received, buffers, strict=True))
+        sent += lengths[exchange.rank] + 8
+    assert exchange.sent == sent
+
+
+@pytest.mark.ranks(1, 2, 3, 4)
+def test_buffers_of_unequal_and_zero_length(world: World) -> None:
+    world.run(unequal_buffers)
+
+
+# The ledger tells the truth
+
+
+class Counting:
+    """An mpi4py communicator that adds up the send buffers it is given, and those that come from it."""
+
+    def __init__(self, communicator: Any, counts: dict[str, int] | None = None) -> None:
+        self._communicator = communicator
+        self.counts = {} if counts is None else counts
+
+    def __getattr__(self, name: str) -> Any:
+        original = getattr(self._communicator, name)
+        if not callable(original):
+            return original
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = original(*arguments, **options)
+            if name in ("Create_group", "Dup", "Split"):
+                return Counting(result, self.counts)
+            if name in ("Isend", "Allgather", "Allgatherv"):
+                self.counts[name] = self.counts.get(name, 0) + np.asarray(arguments[0]).nbytes
+            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier")):
+                raise AssertionError(f"{name} is not counted")
+            return result
+
+        return call
+
+
+def ledger_equals_mpi(path: str) -> tuple[int, int]:
+    from mpi4py import MPI
+
+    counting = Counting(MPI.COMM_WORLD)
+    model = Vectors(**SHAPES)
+    if path == "gradient":
+        compression = Compression.topk(
+            k=50, named_parameters=model.named_parameters(), dense_below=10, communicator=counting
+        )
+        optimizer, ledger = wrap(model, compression), compression.ledger
+    else:
+        compression = Compression.topk(k=50, dense_below=10, communicator=counting)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = QsparseLocalSGD(
+            inner, named_parameters=model.named_parameters(), compression=compression, sync_every=2
+        )
+        ledger = optimizer.ledger
+    for step in range(6):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.step()
+    assert ledger.total.mpi == sum(counting.counts.values()) > 0
+    assert counting.counts["Allgather"] == 8 * ledger.exchanges
+    # Tickets of two floats, the small tensor through Horovod; or all through MPI.
+    assert ledger.total.horovod == (6 * (2 * 8 + 9 * 4) if path == "gradient" else 0)
+    assert ledger.total.dense == 6 * 4 * (9 + 1200 + 5000)
+    return ledger.total.mpi, ledger.exchanges
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize(("path", "exchanges"), [("gradient", 6), ("local", 3)])
+def test_ledger_is_what_mpi_was_given(world: World, path: str, exchanges: int) -> None:
+    for sent, count in world.run(ledger_equals_mpi, path):
+        assert count == exchanges
+        # 50 of 1,200 and 50 of 5,000 elements, 4 bytes a value and under 1.5 an index; small adds 36 bytes at most.
+        assert sent < exchanges * (100 * 5.5 + 36 + 60) + 100
+
+
+# Ranks that differ
+
+
+def disagree(kind: str) -> str:
+    last = hvd.rank() == hvd.size() - 1
+    shapes = {"a": (30,), "b": (40,)}
+    if kind == "shape" and last:
+        shapes["b"] = (41,)
+    if kind == "extra" and last:
+        shapes["c"] = (5,)
+    model = Vectors(**shapes)  # type: ignore[arg-type]
+    settings = {"k": 4 if kind == "setting" and last else 3, "dense_below": 10 if kind == "dense" and last else 0}
+    compression = Compression.topk(**settings, named_parameters=model.named_parameters())
+    optimizer = wrap(model, compression)
+    loss = model({name: torch.ones(shape) for name, shape in shapes.items()})
+    with pytest.raises(RankMismatchError) as caught:
+        loss.backward()
+    del optimizer
+    return str(caught.value)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.parametrize(
+    ("kind", "texts"),
+    [
+        ("shape", ["tensor b of shape (40,)", "tensor b of shape (41,)"]),
+        ("extra", ["(nothing)", "tensor c of shape (5,)"]),
+        ("setting", ["k=3", "k=4"]),
+        ("dense", ["below 0", "below 10"]),
+    ],
+)
+def test_models_and_settings_that_differ(world: World, kind: str, texts: list[str]) -> None:
+    messages = world.run(disagree, kind)
+    assert len(set(messages)) == 1
+    assert f"rank 0 and rank {world.ranks - 1} do not agree" in messages[0]
+    assert all(text in messages[0] for text in texts)
+
+
+def absent() -> str:
+    model = Vectors(w=(30,))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = Compression.topk(k=3, dense_below=0, timeout=1.0)
+    optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
+    if hvd.rank() == 1:
+        return ""
+    model({"w": torch.ones(30)}).backward()
+    with pytest.raises(RankMismatchError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+@pytest.mark.ranks(3)
+def test_a_rank_that_never_comes_is_named(world: World) -> None:
+    first, _, last = world.run(absent)
+    assert first == last
+    assert "rank(s) 1 did not begin" in first
+
+
+def absent_root() -> str:
+    model = Vectors(w=(30,))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = Compression.topk(k=3, dense_below=0, timeout=1.0)
+    optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
+    if hvd.rank() == 0:
+        return ""
+    model({"w": torch.ones(30)}).backward()
+    with pytest.raises(RankMismatchError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def drain() -> None:
+    """Take in what the ranks without a root had sent, so that the next test finds no old messages."""
+    from mpi4py import MPI
+
+    status = MPI.Status()
+    hvd.barrier()
+    while MPI.COMM_WORLD.Iprobe(status=status):
+        MPI.COMM_WORLD.Recv(np.empty(status.Get_count(), np.uint8), status.Get_source(), status.Get_tag())
+    hvd.barrier()
+
+
+@pytest.mark.ranks(3)
+def test_a_first_rank_that_never_comes_is_named(world: World) -> None:
+    assert all("rank(s) 0 did not begin" in text for text in world.run(absent_root)[1:])
+    world.run(drain)
+
+
+def out_of_step() -> None:
+    """A rank that took another checkpoint, or skipped a step, is found before anything is averaged."""
+    model = Vectors(w=(30,))
+    compression = Compression.topk(k=3, dense_below=0, named_parameters=model.named_parameters())
+    optimizer = wrap(model, compression)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model({"w": torch.ones(30)}).backward()
+        optimizer.step()
+    state = compression.state_dict()
+    if hvd.rank() == 1:
+        state["round"] = 1
+    compression.load_state_dict(state)
+    optimizer.zero_grad()
+    model({"w": torch.ones(30)}).backward()
+    with pytest.raises(RankMismatchError, match=r"rank . is at exchange"):
+        optimizer.step()
+
+
+@pytest.mark.ranks(2)
+def test_ranks_at_different_exchanges(world: World) -> None:
+    world.run(out_of_step)
+
+
+# A rank that fails
+
+
+class Fragile(Operator):
+    """Top-2, unless something is wrong with the tensor."""
+
+    def __repr__(self) -> str:
+        return "Fragile()"
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        if float(x.sum()) > 1e6:
+            raise ArithmeticError("this one is too heavy")
+        return TopK(k=2).encode(x, generator=generator)
+
+
+def one_operator_fails(path: str) -> None:
+    model = Vectors(w=(30,), v=(20,))
+    parameters = model.named_parameters()
+    if path == "gradient":
+        compression = Compression.of(Fragile(), named_parameters=parameters, dense_below=0)
+        optimizer = wrap(model, compression)
+        state = compression.state_dict
+    else:
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = QsparseLocalSGD(
+            inner, named_parameters=parameters, compression=Compression.of(Fragile(), dense_below=0)
+        )
+
+        def state() -> dict[str, Any]:
+            return optimizer.state_dict()["qsparse_local_sgd"]["average"]
+
+    def step(scale: float) -> None:
+        optimizer.zero_grad()
+        model({"w": scale * torch.arange(30.0), "v": torch.ones(20)}).backward()
+        optimizer.step()
+
+    step(1.0)
+    before = {n: m.clone() for n, m in state()["memory"].items()}
+    heavy = -1e9 if path == "local" else 1e9
+    if hvd.rank() == 1:
+        with pytest.raises(ArithmeticError, match="too heavy"):
+            step(-heavy if path == "local" else heavy)
+    else:
+        with pytest.raises(PeerError, match=r"rank 1 failed: ArithmeticError: this one is too heavy"):
+            step(1.0)
+    assert all(torch.equal(before[n], m) for n, m in state()["memory"].items())
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("path", ["gradient", "local"])
+def test_an_operator_that_fails_on_one_rank_raises_on_all(world: World, path: str) -> None:
+    world.run(one_operator_fails, path)
+
+
+class Damaging(Counting):
+    """Flips a bit of what the second rank receives."""
+
+    def __getattr__(self, name: str) -> Any:
+        original = getattr(self._communicator, name)
+        if name == "Create_group":
+            return lambda group: Damaging(original(group))
+        if name != "Allgatherv":
+            return original
+
+        def gather(buffer: Any, into: Any) -> None:
+            original(buffer, into)
+            into[0][-1] ^= 1
+
+        return gather
+
+
+def damaged() -> None:
+    from mpi4py import MPI
+
+    model = Vectors(w=(30,))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    compression = Compression.topk(k=3, dense_below=0, communicator=Damaging(MPI.COMM_WORLD))
+    optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
+    model({"w": torch.ones(30)}).backward()
+    with pytest.raises(WireError, match=rf"from rank {hvd.size() - 1}: .*checksum"):
+        optimizer.step()
+
+
+@pytest.mark.ranks(2)
+def test_a_damaged_message(world: World) -> None:
+    world.run(damaged)
+
+
+# Whole jobs
+
+
+PREAMBLE = """
+import sys, torch, horovod.torch as hvd
+from hvd_compress import Compression, QsparseLocalSGD
+hvd.init()
+model = torch.nn.Linear(50, 50)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+compression = Compression.topk(ratio=0.1, named_parameters=model.named_parameters())
+optimizer = hvd.DistributedOptimizer(
+    torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(), compression=compression)
+def step():
+    optimizer.zero_grad()
+    model(torch.randn(4, 50)).square().sum().backward()
+    optimizer.step()
+"""
+
+
+def test_a_rank_that_raises_ends_the_job_with_its_traceback() -> None:
+    ended = launch(
+        3, PREAMBLE + "step()\nif hvd.rank() == 2: raise KeyError('only here')\nfor _ in range(50): step()"
+    )
+    assert ended.returncode != 0
+    assert "KeyError: 'only here'" in ended.stdout
+    assert "rank 2 failed with KeyError; ending the job" in ended.stdout
+
+
+def test_ranks_that_all_raise_each_say_why() -> None:
+    ended = launch(2, PREAMBLE + "step()\nraise KeyError(f'rank {hvd.rank()}')")
+    assert ended.returncode != 0
+    assert "KeyError: 'rank 0'" in ended.stdout
+    assert "KeyError: 'rank 1'" in ended.stdout
+    assert "ending the job" not in ended.stdout
+
+
+def test_mpi4py_may_be_imported_first() -> None:
+    ended = launch(2, "from mpi4py import MPI" + PREAMBLE + "step(); step(); print('fine')")
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("fine") == 2
+
+
+def test_without_mpirun_both_paths_work_on_one_rank() -> None:
+    script = PREAMBLE + (
+        "step(); assert compression.ledger.total.sent == 0\n"
+        "model = torch.nn.Linear(50, 50)\n"
+        "optimizer = QsparseLocalSGD(torch.optim.SGD(model.parameters(), lr=0.1), "
+        "named_parameters=model.named_parameters(), compression=Compression.topk(ratio=0.1), sync_every=2)\n"
+        "for _ in range(4): step()\n"
+        "assert optimizer.ledger.exchanges == 2; print('fine')\n"
+    )
+    ended = launch(1, script)
+    assert "fine" in ended.stdout, ended.stdout
+
+
+def test_importing_does_not_start_mpi() -> None:
+    """On login nodes many MPI libraries abort the process that starts them."""
+    ended = launch(1, "import hvd_compress, sys; assert 'mpi4py.MPI' not in sys.modules; print('fine')")
+    assert "fine" in ended.stdout, ended.stdout
+
+
+# The fixture itself
+
+
+def comes_back() -> None:
+    hvd.barrier()
+
+
+def hangs_on_one_rank() -> None:
+    if hvd.rank() == 0:
+        hvd.barrier()
+
+
+def raises_on_one_rank() -> None:
+    if hvd.rank() == 1:
+        raise ValueError("told you")
+    hvd.barrier()
+
+
+@pytest.mark.ranks(2)
+def test_failures_and_hangs_are_reported_by_rank(world: World) -> None:
+    world.run(comes_back)
+    with pytest.raises(RankFailedError, match=r"(?s)rank 0\nno answer.*in barrier"):
+        world.run(hangs_on_one_rank, timeout=3)
+
+
+@pytest.mark.ranks(2)
+def test_the_text_of_a_failing_rank_is_kept(world: World) -> None:
+    with pytest.raises(RankFailedError, match="(?s)--- rank 1\n.*told you"):
+        world.run(raises_on_one_rank, timeout=60)
