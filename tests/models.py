@@ -12,7 +12,7 @@ from torch import Tensor
 class Vectors(torch.nn.Module):
     """Named parameters w; the loss is Σ w·c, so that the gradient of each w is the c it was given."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, **shapes: Sequence[int]) -> None:
+    def __init__(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         for name, shape in shapes.items():
             self.register_parameter(name, torch.nn.Parameter(torch.zeros(tuple(shape), dtype=dtype)))

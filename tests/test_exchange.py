@@ -87,7 +87,7 @@ def ledger_equals_mpi(path: str) -> tuple[int, int]:
     from mpi4py import MPI
 
     counting = Counting(MPI.COMM_WORLD)
-    model = Vectors(**SHAPES)
+    model = Vectors(SHAPES)
     if path == "gradient":
         compression = Compression.topk(
             k=50, named_parameters=model.named_parameters(), dense_below=10, communicator=counting
@@ -126,12 +126,12 @@ def test_ledger_is_what_mpi_was_given(world: World, path: str, exchanges: int) -
 
 def disagree(kind: str) -> str:
     last = hvd.rank() == hvd.size() - 1
-    shapes = {"a": (30,), "b": (40,)}
+    shapes: dict[str, tuple[int, ...]] = {"a": (30,), "b": (40,)}
     if kind == "shape" and last:
         shapes["b"] = (41,)
     if kind == "extra" and last:
         shapes["c"] = (5,)
-    model = Vectors(**shapes)  # type: ignore[arg-type]
+    model = Vectors(shapes)
     settings = {"k": 4 if kind == "setting" and last else 3, "dense_below": 10 if kind == "dense" and last else 0}
     compression = Compression.topk(**settings, named_parameters=model.named_parameters())
     optimizer = wrap(model, compression)
@@ -160,7 +160,7 @@ def test_models_and_settings_that_differ(world: World, kind: str, texts: list[st
 
 
 def absent() -> str:
-    model = Vectors(w=(30,))
+    model = Vectors({"w": (30,)})
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     compression = Compression.topk(k=3, dense_below=0, timeout=1.0)
     optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
@@ -180,7 +180,7 @@ def test_a_rank_that_never_comes_is_named(world: World) -> None:
 
 
 def absent_root() -> str:
-    model = Vectors(w=(30,))
+    model = Vectors({"w": (30,)})
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     compression = Compression.topk(k=3, dense_below=0, timeout=1.0)
     optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
@@ -211,7 +211,7 @@ def test_a_first_rank_that_never_comes_is_named(world: World) -> None:
 
 def out_of_step() -> None:
     """A rank that took another checkpoint, or skipped a step, is found before anything is averaged."""
-    model = Vectors(w=(30,))
+    model = Vectors({"w": (30,)})
     compression = Compression.topk(k=3, dense_below=0, named_parameters=model.named_parameters())
     optimizer = wrap(model, compression)
     for _ in range(2):
@@ -249,7 +249,7 @@ class Fragile(Operator):
 
 
 def one_operator_fails(path: str) -> None:
-    model = Vectors(w=(30,), v=(20,))
+    model = Vectors({"w": (30,), "v": (20,)})
     parameters = model.named_parameters()
     if path == "gradient":
         compression = Compression.of(Fragile(), named_parameters=parameters, dense_below=0)
@@ -307,7 +307,7 @@ class Damaging(Counting):
 def damaged() -> None:
     from mpi4py import MPI
 
-    model = Vectors(w=(30,))
+    model = Vectors({"w": (30,)})
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     compression = Compression.topk(k=3, dense_below=0, communicator=Damaging(MPI.COMM_WORLD))
     optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
@@ -409,5 +409,5 @@ def test_failures_and_hangs_are_reported_by_rank(world: World) -> None:
 
 @pytest.mark.ranks(2)
 def test_the_text_of_a_failing_rank_is_kept(world: World) -> None:
-    with pytest.raises(RankFailedError, match="(?s)--- rank 1\n.*told you"):
+    with pytest.raises(RankFailedError, match=r"(?s)--- rank 1\n.*told you"):
         world.run(raises_on_one_rank, timeout=60)
