@@ -14,6 +14,9 @@ class Traffic:
     horovod: int = 0  # in tensors given to Horovod: small dense ones, sparse ones, and one ticket per message
     dense: int = 0  # what plain Horovod would have been given: all elements, in the gradient's dtype, every step
 
+    def __str__(self) -> str:
+        return f"{self.sent / 1e6:.2f} MB sent, {self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
+
     @property
     def sent(self) -> int:
         """All bytes that left this rank's hands."""

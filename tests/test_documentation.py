@@ -1,0 +1,80 @@
+"""What the documents show runs, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from world import launch
+
+from hvd_compress import Compression, GradientCompressor
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def code_blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def test_the_diff_in_the_readme_is_the_quickstart() -> None:
+    """Each line of the diff stands in the example, in this order; and without the added lines it is plain Horovod."""
+    (diff,) = code_blocks(ROOT / "README.md", "diff")
+    added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
+    assert len(added) <= 5
+    script = (ROOT / "examples" / "quickstart.py").read_text()
+    position = 0
+    for line in (line[1:].strip() for line in diff.splitlines()):
+        position = script.index(line, position)
+    plain = script
+    for line in added:
+        plain = plain.replace(line.strip(), "", 1)
+    assert "ompression" not in plain.replace("compress its gradients", "")
+
+
+def test_the_quickstart_runs_and_learns() -> None:
+    ended = launch(2, [str(ROOT / "examples" / "quickstart.py")])
+    assert ended.returncode == 0, ended.stdout
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", ended.stdout)]
+    assert len(losses) == 10
+    assert losses[-1] < 0.5 < losses[0]
+    saving = re.search(r"([\d.]+) times less", ended.stdout)
+    assert saving, ended.stdout
+    assert float(saving[1]) > 20
+
+
+def test_the_operator_in_the_documents_works() -> None:
+    (block,) = code_blocks(ROOT / "docs" / "how-it-works.md", "python")
+    names = {"model": torch.nn.Linear(50, 50)}
+    exec(block, names)
+    compression = names["compression"]
+    assert isinstance(compression, GradientCompressor)
+    x = torch.arange(6.0).reshape(2, 3)
+    assert compression.settings.operator(x).tolist() == [[0.0, 0.0, 2.0], [0.0, 4.0, 0.0]]
+    assert len(block.splitlines()) <= 30
+
+
+def test_the_local_sgd_block_runs() -> None:
+    (block,) = code_blocks(ROOT / "README.md", "python")
+    exec(block, {"torch": torch, "model": torch.nn.Linear(3, 3)})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
+        anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not heading or heading in anchors, f"{document.name} links to {target}"
+
+
+def test_every_compressor_by_name_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert all(f"Compression.{name}" in text for name in ("topk", "none", "fp16", "of"))
+    assert callable(Compression.topk)
