@@ -9,6 +9,7 @@ rank has compressed all its gradients, whatever their order was; the exchange it
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +54,7 @@ class GradientCompressor(Compressor):
         self.ledger = Ledger()
         self._parameters = None if named_parameters is None else check_named_parameters(named_parameters)
         # State
+        self._lock = threading.Lock()  # a model on two devices has two threads in its backward pass
         self._reducer: Reducer | None = None
         if self._parameters is not None:
             self._reducer = Reducer(
@@ -68,6 +70,9 @@ class GradientCompressor(Compressor):
         self._submitted: set[str] = set()  # since the last decompress
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
+
+    def __repr__(self) -> str:
+        return f"GradientCompressor({self.settings.operator!r}, dense_below={self.settings.dense_below})"
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """Take a gradient in; called by Horovod.
@@ -94,24 +99,8 @@ class GradientCompressor(Compressor):
                 "a sparse gradient in a group cannot be reduced: leave the embedding out of groups=…, or use "
                 "sparse=False in it"
             )
-        reducer, name = self._owner(tensor)
-        if not reducer.is_open:
-            communicator, ranks = members(self.settings.process_set, self.settings.communicator)
-            expects = f"gradient path, small tensors below {self.settings.dense_below}"
-            reducer.open(communicator, ranks, expects, self.settings.timeout)
-        traffic = self.ledger.tensors[name]
-        traffic.dense += tensor.nbytes
-        self._submitted.add(name)
-        if tensor.numel() < self.settings.dense_below:
-            # Horovod refuses bfloat16 and tensors that are not contiguous.
-            dense = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-            dense = dense.contiguous()
-            traffic.horovod += dense.nbytes
-            return dense, _Dense(tensor.dtype)
-        reducer.add(name, tensor)
-        ticket = torch.tensor([1.0, float(reducer.rank == 0)], device=tensor.device)
-        traffic.horovod += ticket.nbytes
-        return ticket, _Ticket(name, tensor.dtype)
+        with self._lock:
+            return self._take_in(tensor)
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """Hand out the reduced gradient; called by Horovod.
@@ -146,6 +135,26 @@ class GradientCompressor(Compressor):
             ValueError: the state is of another model, rank or number of ranks; nothing has changed then.
         """
         self._bound().load_state_dict(state)
+
+    def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        reducer, name = self._owner(tensor)
+        if not reducer.is_open:
+            communicator, ranks = members(self.settings.process_set, self.settings.communicator)
+            expects = f"gradient path, small tensors below {self.settings.dense_below}"
+            reducer.open(communicator, ranks, expects, self.settings.timeout)
+        traffic = self.ledger.tensors[name]
+        traffic.dense += tensor.nbytes
+        self._submitted.add(name)
+        if tensor.numel() < self.settings.dense_below:
+            # Horovod refuses bfloat16 and tensors that are not contiguous.
+            dense = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            dense = dense.contiguous()
+            traffic.horovod += dense.nbytes
+            return dense, _Dense(tensor.dtype)
+        reducer.add(name, tensor)
+        ticket = torch.tensor([1.0, float(reducer.rank == 0)], device=tensor.device)
+        traffic.horovod += ticket.nbytes
+        return ticket, _Ticket(name, tensor.dtype)
 
     def _bound(self) -> Reducer:
         if self._reducer is None:

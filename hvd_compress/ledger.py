@@ -15,7 +15,8 @@ class Traffic:
     dense: int = 0  # what plain Horovod would have been given: all elements, in the gradient's dtype, every step
 
     def __str__(self) -> str:
-        return f"{self.sent / 1e6:.2f} MB sent, {self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
+        times = f"{self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
+        return f"{self.sent / 1e6:.2f} MB sent, {times}"
 
     @property
     def sent(self) -> int:

@@ -109,18 +109,34 @@ class QsparseLocalSGD(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One local step, and an exchange if it is the ``sync_every``-th since the last one.
 
+        With ``torch.amp.GradScaler``, a step that overflows on this rank changes nothing here but counts.
+
         Raises:
             NonFiniteError, PeerError, RankMismatchError, WireError: see :meth:`synchronize`.
         """
         if self._anchors is None:
             self._anchors = {name: p.detach().clone() for name, p in self._parameters.items()}
-        loss = self.optimizer.step(closure)
+        loss = self._local_step(closure)
         self._local_steps += 1
         for name, p in self._parameters.items():
             self.ledger.tensors[name].dense += p.nbytes
         if self._local_steps == self.sync_every:
             self.synchronize()
         return loss
+
+    # torch.amp.GradScaler would not call step() after an overflow on this rank; the ranks would then lose count of
+    # their steps and wait for each other. With this mark it always calls, and leaves its two findings on the object.
+    _step_supports_amp_scaling = True
+
+    def _local_step(self, closure: Callable[[], float] | None) -> float | None:
+        if bool(getattr(self, "found_inf", False)):
+            return None
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for p in self._parameters.values():
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
+        return self.optimizer.step(closure)
 
     @torch.no_grad()
     def synchronize(self) -> None:

@@ -283,6 +283,39 @@ def test_any_optimizer_trains(world: World, sync_every: int) -> None:
     world.run(any_optimizer_and_schedule, sync_every)
 
 
+def scaled_gradients(unscale_first: bool) -> None:
+    """An overflow on one rank: its step is left out, and no rank waits for an exchange that never comes."""
+    size = hvd.size()
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=3)
+    reference = Vectors(SHAPES)
+    plain = wrap(reference, sync_every=2)
+    for step in range(8):
+        overflow = step == 4 and hvd.rank() == size - 1
+        for m, o in ((model, optimizer), (reference, plain)):
+            o.zero_grad()
+            loss = m(gradients(hvd.rank(), step))
+            if o is plain:
+                (loss * 0 if overflow else loss).backward()
+                o.step()
+                continue
+            scaler.scale(loss * math.inf if overflow else loss).backward()
+            if unscale_first:
+                scaler.unscale_(o)
+            scaler.step(o)
+            scaler.update()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    assert optimizer.ledger.exchanges == 4
+    assert scaler.get_scale() == (256 * 2 * 0.5 * 2 if hvd.rank() == size - 1 else 256 * 4)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("unscale_first", [False, True])
+def test_grad_scaler_with_an_overflow_on_one_rank(world: World, unscale_first: bool) -> None:
+    world.run(scaled_gradients, unscale_first)
+
+
 def within_process_set() -> None:
     pair = hvd.add_process_set([0, 2])
     try:

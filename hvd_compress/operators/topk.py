@@ -63,7 +63,7 @@ class TopK(Operator):
         if k == len(flat):
             # A copy, since a message must not change when the caller goes on with x.
             return Message(tuple(x.shape), None, flat.clone())
-        indices = top_k_static(flat, k) if flat.is_cuda else top_k(flat, k)
+        indices = top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
         return Message(tuple(x.shape), indices, flat[indices])
 
 
@@ -83,13 +83,10 @@ def top_k(flat: Tensor, k: int) -> Tensor:
     return candidates[above | (equal & (torch.cumsum(equal, 0) <= k - above.sum()))]
 
 
-def top_k_static(flat: Tensor, k: int) -> Tensor:
+def top_k_by_sorting(flat: Tensor, k: int) -> Tensor:
     """The same as :func:`top_k`, bit for bit, without asking the device how many elements pass a test."""
     magnitude = flat.abs().nan_to_num_(nan=torch.inf, posinf=torch.inf)
-    kth = torch.topk(magnitude, k, sorted=False).values.min()
-    above, equal = magnitude > kth, magnitude == kth
-    chosen = above | (equal & (torch.cumsum(equal, 0) <= k - above.sum()))
-    return torch.nonzero_static(chosen, size=k).reshape(-1)
+    return torch.sort(magnitude, descending=True, stable=True).indices[:k].sort().values
 
 
 _SAMPLE = 1 << 14  # elements
