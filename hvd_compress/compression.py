@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import horovod.torch as hvd
 import torch
@@ -12,7 +12,7 @@ from horovod.torch.compression import Compressor
 
 from .gradient import GradientCompressor
 from .memory import Memory, NoMemory, Residual
-from .operators import Operator, TopK
+from .operators import QSGD, Operator, RandK, Sign, TernGrad, TopK, compose
 from .settings import Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -42,6 +42,105 @@ class Compression(hvd.Compression):
             ValueError, TypeError: see :class:`hvd_compress.operators.TopK` and :meth:`of`.
         """
         return Compression.of(TopK(k=k, ratio=ratio), **options)
+
+    @staticmethod
+    def qtopk(
+        *,
+        ratio: float | None = None,
+        k: int | None = None,
+        bits: int = 4,
+        norm: Literal["max", "l2"] = "max",
+        scaled: bool = False,
+        **options: Any,
+    ) -> GradientCompressor:
+        """Top-k with the kept values quantized: QTop_k of the Qsparse-local-SGD paper, with error feedback.
+
+        Args:
+            ratio: part of each tensor that is sent; or
+            k: elements of each tensor that are sent.
+            bits: of each value; 4 keeps nearly all of what top-k keeps.
+            norm: the paper's ``"l2"`` needs ``scaled=True`` at few bits; see :class:`hvd_compress.operators.QSGD`.
+            scaled: see :func:`hvd_compress.operators.compose`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range, or a composition that is no contraction.
+        """
+        operator = compose(TopK(k=k, ratio=ratio), QSGD(bits=bits, norm=norm), scaled=scaled)
+        return Compression.of(operator, **options)
+
+    @staticmethod
+    def signtopk(
+        *, ratio: float | None = None, k: int | None = None, m: float = 1, **options: Any
+    ) -> GradientCompressor:
+        """Top-k with one bit for each kept value and one scale: SignTop_k of the paper, with error feedback.
+
+        Args:
+            ratio: part of each tensor that is sent; or
+            k: elements of each tensor that are sent.
+            m: norm of the scale; see :class:`hvd_compress.operators.Sign`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(compose(TopK(k=k, ratio=ratio), Sign(m=m)), **options)
+
+    @staticmethod
+    def randk(
+        *, ratio: float | None = None, k: int | None = None, shared: bool = False, **options: Any
+    ) -> GradientCompressor:
+        """A random subset of each tensor, whose indices cost nothing, with error feedback.
+
+        Args:
+            ratio: part of each tensor that is sent; or
+            k: elements of each tensor that are sent.
+            shared: whether all ranks draw the same subset.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(RandK(k=k, ratio=ratio, shared=shared), **options)
+
+    @staticmethod
+    def qsgd(
+        *, bits: int = 4, norm: Literal["max", "l2"] = "max", bucket: int = 512, **options: Any
+    ) -> GradientCompressor:
+        """All elements in few bits each, without bias and so without memory (``memory="residual"`` for EF-QSGD).
+
+        Args:
+            bits: of each element.
+            norm: see :class:`hvd_compress.operators.QSGD`.
+            bucket: consecutive elements that share a norm.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(QSGD(bits=bits, norm=norm, bucket=bucket), **{"memory": "none", **options})
+
+    @staticmethod
+    def sign(**options: Any) -> GradientCompressor:
+        """One bit for each element and their mean magnitude, with error feedback: EF-SignSGD.
+
+        Args:
+            options: see :meth:`of`.
+        """
+        return Compression.of(Sign(), **options)
+
+    @staticmethod
+    def terngrad(*, clip: float | None = 2.5, **options: Any) -> GradientCompressor:
+        """All elements as −1, 0 or 1 times the largest, without memory.
+
+        Args:
+            clip: see :class:`hvd_compress.operators.TernGrad`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError: ``clip`` is out of its range.
+        """
+        return Compression.of(TernGrad(clip=clip), **{"memory": "none", **options})
 
     @staticmethod
     def of(
@@ -87,7 +186,7 @@ class Compression(hvd.Compression):
         """``Compression.<name>``, for configuration files and command lines.
 
         Args:
-            name: ``"none"``, ``"fp16"``, ``"topk"``, ….
+            name: ``"none"``, ``"fp16"``, ``"topk"``, ``"qtopk"``, ….
             settings: the compressor's.
 
         Raises:
@@ -103,7 +202,9 @@ class Compression(hvd.Compression):
 
 
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
-_COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {"topk": Compression.topk}
+_COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {
+    name: getattr(Compression, name) for name in ("topk", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad")
+}
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:

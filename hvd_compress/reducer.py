@@ -172,7 +172,7 @@ class Reducer:
         self._ledger.exchanges += 1
         if failure is not None:
             raise failure
-        device = next(iter(pending.values())).message.values.device if pending else torch.device("cpu")
+        device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
         packets = self._open_packets(received, names, device)
         self._round += 1
 
@@ -255,7 +255,8 @@ class Reducer:
 
     def _generator(self, name: str, device: torch.device) -> torch.Generator:
         assert self._exchange is not None, "open() comes first"
-        key = struct.pack("<qqqq", self._seed, self._exchange.rank, self._round, self._ids[name])
+        rank = -1 if self._operator.shared_draws else self._exchange.rank
+        key = struct.pack("<qqqq", self._seed, rank, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -288,14 +289,14 @@ def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, s
     messages = [(rank, name, m) for rank, p in enumerate(packets) for name, m in zip(names, p.messages, strict=True)]
     if not messages:
         return []
-    finite = torch.stack([torch.isfinite(m.values).all() for _, _, m in messages]).tolist()
+    finite = torch.stack([m.is_finite() for _, _, m in messages]).tolist()
     return [(rank, name) for (rank, name, _), good in zip(messages, finite, strict=True) if not good]
 
 
 def _sum(messages: list[Message], pending: _Pending) -> Tensor:
     """In rank order, since floating point addition is not associative and all ranks must get the same bits."""
-    own = pending.message.values
-    flat = torch.zeros(pending.message.numel, dtype=own.dtype, device=own.device)
+    own = pending.message
+    flat = torch.zeros(own.numel, dtype=own.dtype, device=own.device)
     for message in messages:
         message.to(flat.device).add_to(flat)
     return flat

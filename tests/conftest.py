@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 from world import World
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("no-deadline", parent=hypothesis.settings(), deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 
 class _Worlds:

@@ -14,7 +14,7 @@ from models import ByDefinition, Vectors, assert_replicas_identical, gradient
 from torch import Tensor
 from world import World
 
-from hvd_compress import Compression
+from hvd_compress import Compression, QsparseLocalSGD
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -208,6 +208,66 @@ def ratio_one_is_the_mean() -> None:
 @pytest.mark.ranks(3)
 def test_identity_compression_is_the_mean(world: World) -> None:
     world.run(ratio_one_is_the_mean)
+
+
+# Every compressor by its name, on both paths
+
+
+def trains_with(name: str, settings: dict[str, Any]) -> dict[str, float]:
+    ratios = {}
+    for path in ("gradient", "local"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 8))
+        inner = torch.optim.SGD(model.parameters(), lr=0.2)
+        compression = Compression.by_name(
+            name, named_parameters=model.named_parameters(), dense_below=200, **settings
+        )
+        optimizer: Any
+        if path == "gradient":
+            optimizer = hvd.DistributedOptimizer(
+                inner, named_parameters=model.named_parameters(), compression=compression
+            )
+        else:
+            optimizer = QsparseLocalSGD(
+                inner, named_parameters=model.named_parameters(), compression=compression, sync_every=2
+            )
+        target = torch.randn(64, 8, generator=torch.Generator().manual_seed(7))
+        torch.manual_seed(hvd.rank() + 1)
+        losses = []
+        for _ in range(60):
+            x = torch.randn(32, 64)
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(x), (x @ target).argmax(1))
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert_replicas_identical(list(model.parameters()))
+        assert sum(losses[-10:]) < 0.85 * sum(losses[:10]), (path, losses)
+        ledger = compression.ledger if path == "gradient" else optimizer.ledger
+        ratios[path] = ledger.total.ratio
+    return ratios
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize(
+    ("name", "settings", "least"),
+    [
+        ("topk", {"ratio": 0.05}, 10),
+        ("qtopk", {"ratio": 0.05, "bits": 4}, 30),
+        ("qtopk", {"k": 400, "bits": 4, "norm": "l2", "scaled": True}, 30),
+        ("signtopk", {"ratio": 0.05}, 35),
+        ("randk", {"ratio": 0.1}, 8),
+        ("randk", {"ratio": 0.1, "shared": True}, 8),
+        ("qsgd", {"bits": 4}, 7),
+        ("qsgd", {"bits": 4, "memory": "residual"}, 7),
+        ("sign", {}, 20),
+        ("terngrad", {}, 12),
+    ],
+)
+def test_every_compressor_trains_and_saves(world: World, name: str, settings: dict, least: float) -> None:
+    for ratios in world.run(trains_with, name, settings):
+        assert ratios["gradient"] > least
+        assert ratios["local"] > 1.9 * least
 
 
 # Dtypes, layouts, sparse gradients

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvd_compress import WireError
-from hvd_compress.wire import HEADER_BYTES, Message, decode, encode, encode_failure
+from hvd_compress.wire import HEADER_BYTES, Floats, Message, decode, encode, encode_failure
 from hvd_compress.wire.bits import pack_fields, pack_unary, unpack_fields, unpack_unary
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -35,7 +35,7 @@ def messages(draw: st.DrawFn) -> Message:
         return Message.dense(torch.tensor((values * (numel // 50 + 1))[:numel], dtype=dtype).reshape(shape))
     indices = sorted(draw(st.sets(st.integers(0, numel - 1), max_size=40))) if numel else []
     values = draw(st.lists(finite_or_not, min_size=len(indices), max_size=len(indices)))
-    return Message(shape, torch.tensor(indices, dtype=torch.int64), torch.tensor(values, dtype=dtype))
+    return Message(shape, torch.tensor(indices, dtype=torch.int64), Floats(torch.tensor(values, dtype=dtype)))
 
 
 def assert_equal(sent: Message, received: Message) -> None:
@@ -72,7 +72,7 @@ def test_ids_may_leave_gaps() -> None:
 @pytest.mark.parametrize("numel", [2**24 + 5, 2**31 + 9, 2**40])
 def test_indices_beyond_what_a_float_or_an_int32_holds(numel: int) -> None:
     indices = torch.tensor([0, 2**24 + 1, numel - 2, numel - 1])
-    received = Message.from_bytes(Message((numel,), indices, torch.ones(4)).to_bytes())
+    received = Message.from_bytes(Message.sparse((numel,), indices, torch.ones(4)).to_bytes())
     assert torch.equal(received.indices, indices)  # type: ignore[arg-type]
 
 
@@ -117,7 +117,7 @@ def test_uniform_supports_cost_their_entropy(ratio: float) -> None:
 @given(st.integers(1, 10_000), st.data())
 def test_no_support_costs_more_than_fixed_width_indices(numel: int, data: st.DataObject) -> None:
     indices = sorted(data.draw(st.sets(st.integers(0, numel - 1), max_size=60)))
-    encoded = encode([Message((numel,), torch.tensor(indices, dtype=torch.int64), torch.ones(len(indices)))])
+    encoded = encode([Message.sparse((numel,), torch.tensor(indices, dtype=torch.int64), torch.ones(len(indices)))])
     index_bits = (numel - 1).bit_length() * len(indices)
     table = 2 + 2 + 1  # form, shape and count of such sizes
     # The two index streams end at whole bytes each.
@@ -126,7 +126,7 @@ def test_no_support_costs_more_than_fixed_width_indices(numel: int, data: st.Dat
 
 def test_zeros_are_not_sent() -> None:
     values = torch.tensor([1.0, 0.0, -0.0, 2.0])
-    sent = Message((100,), torch.tensor([3, 5, 7, 9]), values)
+    sent = Message.sparse((100,), torch.tensor([3, 5, 7, 9]), values)
     received = Message.from_bytes(sent.to_bytes())
     assert received.indices is not None
     assert received.indices.tolist() == [3, 9]
@@ -135,8 +135,8 @@ def test_zeros_are_not_sent() -> None:
 
 def test_nan_payloads_survive() -> None:
     odd = torch.tensor([0x7FC12345, 0x7F800000], dtype=torch.int32).view(torch.float32)
-    received = Message.from_bytes(Message((9,), torch.tensor([1, 2]), odd).to_bytes())
-    assert bits_of(received.values) == bits_of(odd)
+    received = Message.from_bytes(Message.sparse((9,), torch.tensor([1, 2]), odd).to_bytes())
+    assert bits_of(received.values.floats) == bits_of(odd)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_nan_payloads_survive() -> None:
 )
 def test_wrong_indices_are_refused_when_sending(indices: list[int], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        encode([Message((10,), torch.tensor(indices), torch.ones(2))])
+        encode([Message((10,), torch.tensor(indices), Floats(torch.ones(2)))])
 
 
 def test_other_bad_messages_are_refused_when_sending() -> None:
@@ -170,7 +170,7 @@ def test_a_failure_travels_as_text() -> None:
 def sample() -> bytes:
     generator = torch.Generator().manual_seed(1)
     sparse = Message.sparse((50, 100), torch.randperm(5000, generator=generator)[:300], torch.ones(300))
-    few = Message((4000,), torch.tensor([17]), torch.ones(1))
+    few = Message.sparse((4000,), torch.tensor([17]), torch.ones(1))
     return encode([sparse, few, Message.dense(torch.arange(9.0).reshape(3, 3))]).data.tobytes()
 
 

@@ -1,6 +1,27 @@
 """Compression operators: tensors in, messages out. Nothing here knows ranks, parameters or steps."""
 
-from .base import Operator, working_dtype
+from .amount import Amount
+from .base import Operator, Quantizer, working_dtype
+from .compose import Composed, compose
+from .quantizers import QSGD, MinMax, OneBit, Rotated, Sign, TernGrad
+from .sparsifiers import RandK, RandomBlock, Threshold
 from .topk import TopK
 
-__all__ = ["Operator", "TopK", "working_dtype"]
+__all__ = [
+    "QSGD",
+    "Amount",
+    "Composed",
+    "MinMax",
+    "OneBit",
+    "Operator",
+    "Quantizer",
+    "RandK",
+    "RandomBlock",
+    "Rotated",
+    "Sign",
+    "TernGrad",
+    "Threshold",
+    "TopK",
+    "compose",
+    "working_dtype",
+]

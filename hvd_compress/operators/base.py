@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,13 +19,17 @@ class Operator(ABC):
     :meth:`gamma` if it is a contraction; nothing else in the library needs to change.
     """
 
+    shared_draws: ClassVar[bool] = False
+    """Whether all ranks should draw the same random numbers for a tensor; else each rank draws its own."""
+
     @abstractmethod
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """Compress ``x``, which is left as it is.
 
         Args:
             x: float32 or float64, any shape, any device, contiguous or not; 16-bit floats are taken as float32.
-            generator: source of random draws; the global generator is never used.
+            generator: source of random draws, on any device; None for a new one with a seed of its own. The global
+                generator is never used.
 
         Returns:
             The message to send. When ``x`` holds inf or NaN, so do the message's values: that is how every rank
@@ -43,6 +49,69 @@ class Operator(ABC):
             NotImplementedError: the operator has no such bound.
         """
         raise NotImplementedError(f"{self} states no contraction coefficient")
+
+
+class Quantizer(Operator):
+    """An operator that sends every element, in few bits, and so can follow a sparsifier in a composition."""
+
+    def variance_bound(self, numel: int) -> float:
+        """The β in ``E‖C(x) − x‖² ≤ β‖x‖²`` of an unbiased quantizer, for every x of ``numel`` elements.
+
+        Qsparse-local-SGD (arXiv 1906.02367), Definition 1.
+
+        Raises:
+            NotImplementedError: the quantizer is biased, or no bound holds for every x.
+        """
+        raise NotImplementedError(f"{self} states no variance bound")
+
+    def gamma(self, numel: int) -> float:
+        """1 − β, if that is positive."""
+        beta = self.variance_bound(numel)
+        if beta >= 1:
+            raise NotImplementedError(f"{self} is no contraction for {numel} elements: β = {beta:.4g} ≥ 1")
+        return 1 - beta
+
+
+def flatten(x: Tensor) -> Tensor:
+    """``x`` as a vector of its working dtype: a view where possible, so not to be changed."""
+    return x.detach().to(working_dtype(x.dtype)).reshape(-1)
+
+
+def uniform(n: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
+    """n draws from [0, 1) on the device and of the dtype of ``like``."""
+    generator = generator or own_generator(like.device)
+    return torch.rand(n, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
+
+
+def draw_seed(generator: torch.Generator | None) -> int:
+    """A seed for draws that a receiver repeats, 0 ≤ seed < 2^62."""
+    generator = generator or own_generator(torch.device("cpu"))
+    return int(torch.randint(0, 1 << 62, (), generator=generator, device=generator.device))
+
+
+def own_generator(device: torch.device) -> torch.Generator:
+    """A generator seeded by the operating system."""
+    generator = torch.Generator(device)
+    generator.seed()
+    return generator
+
+
+def check_steps(levels: int | None, bits: int | None, largest: int, steps_of: Callable[[int], int]) -> int:
+    """The number of steps from exactly one of ``levels=`` and ``bits=``.
+
+    Raises:
+        ValueError: neither or both are given, or one is out of its range.
+        TypeError: one is not an integer.
+    """
+    if (levels is None) == (bits is None):
+        raise ValueError("give exactly one of levels=… and bits=…")
+    for name, value in (("levels", levels), ("bits", bits)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+    steps = levels if levels is not None else steps_of(min(max(bits or 0, 0), 64))
+    if not 1 <= steps <= largest:
+        raise ValueError(f"levels={levels}, bits={bits} makes {steps} steps; 1 to {largest} are possible")
+    return steps
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,50 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..wire import Message
-from .base import Operator, working_dtype
+from ..wire import Floats, Message
+from .amount import Amount
+from .base import Operator, flatten
 
 
 @dataclass(frozen=True)
-class TopK(Operator):
+class TopK(Amount, Operator):
     """The k elements of largest magnitude, exactly; among equals the lowest index wins. NaN counts as infinite.
 
     Qsparse-local-SGD (arXiv 1906.02367), section 2: a contraction with γ = k/d.
 
-    Give one of the two:
-
-    Args:
-        k: how many elements of each tensor are kept; smaller tensors are kept whole.
-        ratio: which part of each tensor is kept, 0 < ratio ≤ 1: ``round(ratio * d)`` elements, at least one.
-
-    Raises:
-        ValueError: neither or both are given, or one is out of its range.
-        TypeError: ``k`` is not an integer, or ``ratio`` is not a number.
+    How many: see :class:`Amount`.
     """
-
-    k: int | None = None
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.k is None) == (self.ratio is None):
-            raise ValueError("top-k needs exactly one of k=… (elements per tensor) and ratio=… (part of a tensor)")
-        if self.k is not None:
-            if isinstance(self.k, bool) or not isinstance(self.k, int):
-                raise TypeError(f"k must be an integer, got {self.k!r}; for a part of the tensor use ratio=…")
-            if self.k < 1:
-                raise ValueError(f"k must be at least 1, got {self.k}")
-        if self.ratio is not None:
-            if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
-                raise TypeError(f"ratio must be a number, got {self.ratio!r}")
-            if not 0 < self.ratio <= 1:
-                raise ValueError(f"ratio must be in (0, 1], got {self.ratio}; 0.01 keeps one element in a hundred")
-
-    def count(self, numel: int) -> int:
-        """How many of ``numel`` elements are kept."""
-        if self.ratio is None:
-            assert self.k is not None
-            return min(self.k, numel)
-        return min(max(1, round(self.ratio * numel)), numel)
 
     def gamma(self, numel: int) -> float:
         """k/d, attained by vectors whose elements have one and the same magnitude."""
@@ -58,13 +27,13 @@ class TopK(Operator):
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
-        flat = x.detach().to(working_dtype(x.dtype)).reshape(-1)
+        flat = flatten(x)
         k = self.count(len(flat))
         if k == len(flat):
             # A copy, since a message must not change when the caller goes on with x.
-            return Message(tuple(x.shape), None, flat.clone())
+            return Message.dense(flat.clone().reshape(x.shape))
         indices = top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
-        return Message(tuple(x.shape), indices, flat[indices])
+        return Message(tuple(x.shape), indices, Floats(flat[indices]))
 
 
 def top_k(flat: Tensor, k: int) -> Tensor:

@@ -1,6 +1,25 @@
 """Messages and their bytes. Knows tensors only as numbers, and nothing of MPI."""
 
-from .message import Message
+from .message import Block, Message, Subset
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
+from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 
-__all__ = ["HEADER_BYTES", "VERSION", "Encoded", "Message", "Packet", "decode", "encode", "encode_failure"]
+__all__ = [
+    "HEADER_BYTES",
+    "VERSION",
+    "Block",
+    "Codebook",
+    "Encoded",
+    "Floats",
+    "Levels",
+    "Message",
+    "Packet",
+    "Range",
+    "Rotated",
+    "Subset",
+    "Symmetric",
+    "Values",
+    "decode",
+    "encode",
+    "encode_failure",
+]

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import WireError
+from ..kernels import random_subset
+from .values import Floats, Values
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Uniformly random indices: receivers draw them again from the seed, so none are sent."""
+
+    seed: int  # 0 ≤ seed < 2 ** 63
+
+    def indices(self, numel: int, count: int) -> Tensor:
+        """Ascending int64 ``[count]`` on the CPU."""
+        return random_subset(numel, count, self.seed)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive indices from ``start`` on, which go on at 0 behind the last one."""
+
+    start: int
+
+    def indices(self, numel: int, count: int) -> Tensor:
+        """Ascending int64 ``[count]`` on the CPU."""
+        return ((torch.arange(count) + self.start) % numel).sort().values
 
 
 @dataclass(frozen=True)
@@ -20,7 +44,8 @@ class Message:
 
     shape: tuple[int, ...]  # of the tensor that was compressed
     indices: Tensor | None  # int64 [k], strictly ascending, into the flattened tensor; None: every element
-    values: Tensor  # floating point [k]; [numel] when indices is None
+    values: Values  # of length k; numel when indices is None
+    rule: Subset | Block | None = None  # sent in place of the indices, which it yields
 
     @classmethod
     def sparse(cls, shape: tuple[int, ...], indices: Tensor, values: Tensor) -> Message:
@@ -35,34 +60,48 @@ class Message:
                 f"{tuple(values.shape)}"
             )
         order = torch.argsort(indices)
-        return cls(tuple(shape), indices[order].to(torch.int64), values[order])
+        return cls(tuple(shape), indices[order].to(torch.int64), Floats(values[order]))
 
     @classmethod
     def dense(cls, tensor: Tensor) -> Message:
         """Every element of ``tensor``, unchanged."""
-        return cls(tuple(tensor.shape), None, tensor.reshape(-1))
+        return cls(tuple(tensor.shape), None, Floats(tensor.reshape(-1)))
 
     @property
     def numel(self) -> int:
         """Number of elements of the tensor that was compressed."""
         return math.prod(self.shape)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self.values.floats.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the decoded values."""
+        return self.values.floats.dtype
+
+    def is_finite(self) -> Tensor:
+        """Whether all that receivers see is finite, as a bool tensor of no dimensions."""
+        return torch.isfinite(self.values.floats).all()
+
     def to(self, device: torch.device) -> Message:
         """The same message on ``device``."""
         indices = None if self.indices is None else self.indices.to(device)
-        return Message(self.shape, indices, self.values.to(device))
+        return replace(self, indices=indices, values=self.values.to(device))
 
     def add_to(self, flat: Tensor, *, alpha: float = 1) -> None:
         """``flat += alpha * C(x)`` in place; ``flat`` is one-dimensional with :attr:`numel` elements."""
-        values = self.values.to(flat.dtype)
+        values = self.values.decode().to(flat.dtype)
         if self.indices is None:
             flat.add_(values, alpha=alpha)
         else:
             flat.index_add_(0, self.indices, values, alpha=alpha)
 
     def decode(self) -> Tensor:
-        """The tensor a receiver sees: C(x), of :attr:`shape`, in the dtype and on the device of the values."""
-        flat = torch.zeros(self.numel, dtype=self.values.dtype, device=self.values.device)
+        """The tensor a receiver sees: C(x), of :attr:`shape` and :attr:`dtype`, on the message's device."""
+        flat = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
         self.add_to(flat)
         return flat.reshape(self.shape)
 

@@ -2,12 +2,12 @@
 
 Layout (little-endian; ``docs/wire-format.md`` has it byte by byte)::
 
-    header (32 bytes) | table | gap quotients | fixed-width fields | values
+    header (32 bytes) | table | gap quotients | fixed-width fields | levels | floats
 
-The table has one entry for each message. Each of the other three sections is one stream over all messages, so
-that encoding and decoding take a constant number of tensor operations. Indices are coded as Golomb-Rice gaps,
-the quotients in unary and the remainders in ``r`` bits, or in ``ceil(log2 numel)`` bits each where even the worst
-case of that is shorter. Elements whose value is zero are not sent.
+The table has one entry for each message. The index sections are one stream each over all messages, so that coding
+them takes a constant number of tensor operations. Indices are coded as Golomb-Rice gaps, the quotients in unary and
+the remainders in ``r`` bits, or in ``ceil(log2 numel)`` bits each where even the worst case of that is shorter.
+Elements whose value is zero are not sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from .bits import MAX_WIDTH, pack_fields, pack_unary, unpack_fields, unpack_unary
-from .message import Message
+from ..kernels import next_power_of_two
+from .bits import MAX_WIDTH, pack_fields, pack_levels, pack_unary, unpack_fields, unpack_levels, unpack_unary
+from .message import Block, Message, Subset
+from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 from .varint import append_varint, read_varint
 
 VERSION = 1
@@ -34,9 +36,12 @@ _MAGIC = b"HVDC"
 _HEADER = struct.Struct("<4sBBHIQQI")  # magic, version, kind, reserved, messages, round, body bytes, CRC-32
 HEADER_BYTES = _HEADER.size
 _MESSAGES, _FAILURE = 0, 1  # kinds of packet
-_DENSE, _RICE, _FIXED = 0, 1, 2  # how a message's indices are coded
+_DENSE, _RICE, _FIXED, _SUBSET, _BLOCK = range(5)  # how receivers learn a message's indices
+_CODED = (_RICE, _FIXED)  # those that take part in the index streams
+_FLOATS, _SYMMETRIC, _RANGE, _CODEBOOK = range(4)  # what a message's values are
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MANY_DIMENSIONS = 7  # as the number of dimensions: a varint with the real one follows
+_MANY_DIMENSIONS = 3  # as the number of dimensions: a varint with the real one follows
+_MAX_BITS = 16  # of a level
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -67,12 +72,43 @@ class _Entry:
     shape: tuple[int, ...]
     support: int
     parameter: int  # Rice: bits of the remainder; fixed: bits of an index
-    dtype: int  # position in _DTYPES
+    rule: int  # subset: seed; block: start
     count: int  # values that are sent
+    kind: int
+    dtype: int  # of the floats: position in _DTYPES
+    s: int  # symmetric, range, codebook: number of steps
+    bucket: int  # symmetric: values that share a scale, or 0
+    rotation: int | None  # seed
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def level_bits(self) -> int:
+        return (2 * self.s if self.kind == _SYMMETRIC else self.s).bit_length()
+
+    @property
+    def level_count(self) -> int:
+        if self.kind == _FLOATS:
+            return 0
+        return self.count if self.rotation is None else next_power_of_two(self.count)
+
+    @property
+    def level_bytes(self) -> int:
+        return (self.level_count * self.level_bits + 7) // 8
+
+    @property
+    def float_count(self) -> int:
+        if self.kind == _FLOATS:
+            return self.count
+        if self.kind == _SYMMETRIC:
+            return max(1, -(-self.level_count // self.bucket)) if self.bucket else 1
+        return 2 if self.kind == _RANGE else self.s + 1
+
+    @property
+    def float_bytes(self) -> int:
+        return self.float_count * _DTYPES[self.dtype].itemsize
 
 
 def encode(messages: Sequence[Message], *, ids: Sequence[int] | None = None, round: int = 0) -> Encoded:
@@ -90,15 +126,21 @@ def encode(messages: Sequence[Message], *, ids: Sequence[int] | None = None, rou
     ids = range(len(messages)) if ids is None else ids
     if any(b <= a for a, b in zip([-1, *ids], ids, strict=False)):
         raise ValueError(f"message ids must ascend from 0 or more, got {list(ids)}")
-    device = messages[0].values.device if messages else torch.device("cpu")
+    device = messages[0].device if messages else torch.device("cpu")
     kept = _without_zeros(messages, device)
-    entries = [_entry(id, m, v) for id, m, (_, v) in zip(ids, messages, kept, strict=True)]
+    entries = [_entry(id, m) for id, m in zip(ids, kept, strict=True)]
 
-    indices = [i for i, _ in kept if i is not None]
-    unary, fixed, unary_bits = _encode_indices([e for e in entries if e.support != _DENSE], indices, device)
-    values = [v for code in range(len(_DTYPES)) for (_, v), e in zip(kept, entries, strict=True) if e.dtype == code]
-    sections = [unary, fixed, *(v.contiguous().view(torch.uint8) for v in values)]
-    streams = torch.cat([s.to(device) for s in sections]).cpu().numpy()
+    coded = [e for e in entries if e.support in _CODED]
+    indices = [m.indices for m, e in zip(kept, entries, strict=True) if e.support in _CODED and m.indices is not None]
+    unary, fixed, unary_bits = _encode_indices(coded, indices, device)
+    levels = [pack_levels(q.levels, q.bits) for m in kept if isinstance(q := _unrotated(m.values), Levels)]
+    floats = [
+        m.values.floats.contiguous().view(torch.uint8)
+        for code in range(len(_DTYPES))
+        for m, e in zip(kept, entries, strict=True)
+        if e.dtype == code
+    ]
+    streams = torch.cat([section.to(device) for section in (unary, fixed, *levels, *floats)]).cpu().numpy()
 
     rows = [_write_entry(e, previous) for e, previous in zip(entries, [-1, *ids], strict=False)]
     body = b"".join(rows) + streams.tobytes()
@@ -153,32 +195,58 @@ def _checksum(head: bytes | memoryview, body: bytes | memoryview) -> int:
 # Encoding
 
 
-def _without_zeros(messages: Sequence[Message], device: torch.device) -> list[tuple[Tensor | None, Tensor]]:
-    """(indices, values) of each message, less the entries that say nothing; full ones become dense."""
-    sparse = [m for m in messages if m.indices is not None]
-    if not sparse:
-        return [(None, m.values) for m in messages]
-    masks = [m.values != 0 for m in sparse]
+def _without_zeros(messages: Sequence[Message], device: torch.device) -> list[Message]:
+    """The messages less the entries that say nothing; full ones become dense."""
+    masks = [m.values.nonzero() if m.indices is not None and m.rule is None else None for m in messages]
+    present = [mask.sum().to(device) for mask in masks if mask is not None]
     # One transfer for all counts: on a GPU each read of a number waits for the device.
-    counts = iter(torch.stack([mask.sum().to(device) for mask in masks]).tolist())
-    masks_iter = iter(masks)
-    kept: list[tuple[Tensor | None, Tensor]] = []
-    for m in messages:
-        if m.indices is None:
-            kept.append((None, m.values))
-            continue
-        count, mask = next(counts), next(masks_iter)
-        indices, values = (m.indices, m.values) if count == len(mask) else (m.indices[mask], m.values[mask])
-        kept.append((None if count == m.numel else indices, values))
+    counts = iter(torch.stack(present).tolist() if present else [])
+    kept = []
+    for m, mask in zip(messages, masks, strict=True):
+        if mask is not None and m.indices is not None:
+            count = next(counts)
+            if count < len(mask):
+                m = replace(m, indices=m.indices[mask], values=m.values.select(mask))
+            if count == m.numel:
+                m = replace(m, indices=None)
+        kept.append(m)
     return kept
 
 
-def _entry(id: int, message: Message, values: Tensor) -> _Entry:
-    if values.dtype not in _DTYPES:
-        raise ValueError(f"values must be one of {_DTYPES}, got {values.dtype}")
-    count, numel = len(values), message.numel
-    support, parameter = (_DENSE, 0) if count == numel else _index_code(numel, count)
-    return _Entry(id, message.shape, support, parameter, _DTYPES.index(values.dtype), count)
+def _unrotated(values: Values) -> Values:
+    return values.inner if isinstance(values, Rotated) else values
+
+
+def _entry(id: int, message: Message) -> _Entry:
+    if message.dtype not in _DTYPES:
+        raise ValueError(f"values must be one of {_DTYPES}, got {message.dtype}")
+    count, numel = len(message.values), message.numel
+    parameter = rule = 0
+    if message.indices is None:
+        support = _DENSE
+        if count != numel:
+            raise ValueError(f"a dense message of {numel} elements has {count} values")
+    elif isinstance(message.rule, Subset):
+        support, rule = _SUBSET, message.rule.seed
+    elif isinstance(message.rule, Block):
+        support, rule = _BLOCK, message.rule.start
+    else:
+        support, parameter = _index_code(numel, count)
+    kind = s = bucket = 0
+    values = _unrotated(message.values)
+    if isinstance(values, Symmetric):
+        kind, s, bucket = _SYMMETRIC, values.s, values.bucket
+    elif isinstance(values, Range):
+        kind, s = _RANGE, values.s
+    elif isinstance(values, Codebook):
+        kind, s = _CODEBOOK, len(values.parameters) - 1
+    elif not isinstance(values, Floats):
+        raise TypeError(f"this format has no code for {type(values).__name__}")
+    if isinstance(values, Levels) and not 1 <= values.bits <= _MAX_BITS:
+        raise ValueError(f"a level may have 1 to {_MAX_BITS} bits, got {values.bits}")
+    rotation = message.values.seed if isinstance(message.values, Rotated) else None
+    dtype = _DTYPES.index(message.dtype)
+    return _Entry(id, message.shape, support, parameter, rule, count, kind, dtype, s, bucket, rotation)
 
 
 def _index_code(numel: int, count: int) -> tuple[int, int]:
@@ -242,25 +310,26 @@ def _per_element(owner: Tensor, entries: list[_Entry]) -> tuple[Tensor, Tensor, 
 
 
 def _shares(entries: list[_Entry], rows: list[bytes], unary_bits: dict[int, int]) -> list[int]:
-    """Whole bytes for each message that add up to the body: streams are shared to the bit, so carry the rest."""
+    """Whole bytes for each message, adding up to the body: index streams are shared to the bit, so carry the rest."""
     shares, unary, fixed = [], 0, 0
     for entry, row in zip(entries, rows, strict=True):
         before = (unary + 7) // 8 + (fixed + 7) // 8
         unary += unary_bits.get(entry.id, 0)
         fixed += entry.count * entry.parameter
-        streams = (unary + 7) // 8 + (fixed + 7) // 8 - before
-        shares.append(len(row) + streams + entry.count * _DTYPES[entry.dtype].itemsize)
+        indices = (unary + 7) // 8 + (fixed + 7) // 8 - before
+        shares.append(len(row) + indices + entry.level_bytes + entry.float_bytes)
     return shares
 
 
-# The table. An entry: uint16 form, [id], shape, [count]; the form's bits from the lowest:
-# 2 support, 5 parameter, 4 dtype, 3 number of dimensions, 1 reserved, 1 "an id follows" (else the last one + 1).
+# The table. An entry: uint16 form, then varints. The form's bits from the lowest: 3 support, 5 parameter, 2 kind,
+# 2 dtype, 1 rotated, 2 number of dimensions, 1 "ids were skipped" (else the id is the last one + 1).
 
 
 def _write_entry(entry: _Entry, previous_id: int) -> bytes:
     skipped = entry.id - previous_id - 1
     dimensions = min(len(entry.shape), _MANY_DIMENSIONS)
-    form = entry.support | entry.parameter << 2 | entry.dtype << 7 | dimensions << 11 | (skipped > 0) << 15
+    form = entry.support | entry.parameter << 3 | entry.kind << 8 | entry.dtype << 10
+    form |= (entry.rotation is not None) << 12 | dimensions << 13 | (skipped > 0) << 15
     row = bytearray(struct.pack("<H", form))
     if skipped:
         append_varint(row, skipped)
@@ -270,6 +339,14 @@ def _write_entry(entry: _Entry, previous_id: int) -> bytes:
         append_varint(row, size)
     if entry.support != _DENSE:
         append_varint(row, entry.count)
+    if entry.support in (_SUBSET, _BLOCK):
+        append_varint(row, entry.rule)
+    if entry.kind != _FLOATS:
+        append_varint(row, entry.s)
+    if entry.kind == _SYMMETRIC:
+        append_varint(row, entry.bucket)
+    if entry.rotation is not None:
+        append_varint(row, entry.rotation)
     return bytes(row)
 
 
@@ -279,56 +356,101 @@ def _read_table(body: memoryview, count: int) -> tuple[list[_Entry], int]:
         raise WireError(f"{count} messages cannot lie in {len(body)} bytes")
     entries: list[_Entry] = []
     id, offset = -1, 0
+
+    def number() -> int:
+        nonlocal offset
+        value, offset = read_varint(body, offset)
+        return value
+
     for _ in range(count):
         if offset + 2 > len(body):
             raise WireError("the message table is truncated")
         (form,) = struct.unpack_from("<H", body, offset)
         offset += 2
-        support, parameter, dtype = form & 3, form >> 2 & 31, form >> 7 & 15
-        dimensions, skips = form >> 11 & 7, form >> 15
-        if support > _FIXED or dtype >= len(_DTYPES) or form >> 14 & 1 or (support == _DENSE and parameter):
-            raise WireError(f"unknown form {form:#06x} in the message table")
-        skipped = 0
-        if skips:
-            skipped, offset = read_varint(body, offset)
-        id += skipped + 1
+        id += 1 + (number() if form >> 15 else 0)
+        dimensions = form >> 13 & 3
         if dimensions == _MANY_DIMENSIONS:
-            dimensions, offset = read_varint(body, offset)
+            dimensions = number()
             if dimensions > len(body) - offset:
                 raise WireError(f"{dimensions} dimensions cannot lie in {len(body) - offset} bytes")
-        shape = []
-        for _ in range(dimensions):
-            size, offset = read_varint(body, offset)
-            shape.append(size)
-        entry = _Entry(id, tuple(shape), support, parameter, dtype, 0)
-        if entry.numel >= 1 << 62:
-            raise WireError(f"a tensor of shape {entry.shape} is too large to be true")
-        entry.count = entry.numel
-        if support != _DENSE:
-            entry.count, offset = read_varint(body, offset)
-            if entry.count >= entry.numel + (entry.numel == 0):
-                raise WireError(f"{entry.count} sparse values of {entry.numel} elements")
+        shape = tuple(number() for _ in range(dimensions))
+        support, kind, numel = form & 7, form >> 8 & 3, math.prod(shape)
+        entry = _Entry(
+            id=id,
+            shape=shape,
+            support=support,
+            parameter=form >> 3 & 31,
+            count=numel if support == _DENSE else number(),
+            rule=number() if support in (_SUBSET, _BLOCK) else 0,
+            kind=kind,
+            dtype=form >> 10 & 3,
+            s=number() if kind != _FLOATS else 0,
+            bucket=number() if kind == _SYMMETRIC else 0,
+            rotation=number() if form >> 12 & 1 else None,
+        )
+        _check_entry(entry)
         entries.append(entry)
     return entries, offset
+
+
+def _check_entry(entry: _Entry) -> None:
+    if entry.numel >= 1 << 62:
+        raise WireError(f"a tensor of shape {entry.shape} is too large to be true")
+    if entry.support > _BLOCK or (entry.parameter and entry.support not in _CODED):
+        raise WireError(f"unknown form of indices ({entry.support}, {entry.parameter})")
+    if entry.support != _DENSE and (entry.count >= entry.numel and entry.count > 0):
+        raise WireError(f"{entry.count} sparse values of {entry.numel} elements")
+    if entry.support == _BLOCK and entry.rule >= entry.numel:
+        raise WireError(f"a block starts at {entry.rule} of {entry.numel} elements")
+    if entry.kind != _FLOATS and not 1 <= entry.level_bits <= _MAX_BITS:
+        raise WireError(f"levels of {entry.level_bits} bits")
+    if entry.kind == _FLOATS and entry.rotation is not None:
+        raise WireError("floats are not sent rotated")
 
 
 # Decoding
 
 
 def _decode_streams(entries: list[_Entry], streams: Tensor) -> list[Message]:
-    sparse = [e for e in entries if e.support != _DENSE]
-    fixed_bytes = (sum(e.count * e.parameter for e in sparse) + 7) // 8
-    value_bytes = sum(e.count * _DTYPES[e.dtype].itemsize for e in entries)
-    unary_bytes = len(streams) - fixed_bytes - value_bytes
+    coded = [e for e in entries if e.support in _CODED]
+    fixed_bytes = (sum(e.count * e.parameter for e in coded) + 7) // 8
+    level_bytes = [e.level_bytes for e in entries]
+    float_bytes = sum(e.float_bytes for e in entries)
+    unary_bytes = len(streams) - fixed_bytes - sum(level_bytes) - float_bytes
     if unary_bytes < 0:
         raise WireError(f"the table asks for {-unary_bytes} bytes more than the message has")
-    unary, fixed, rest = streams.split([unary_bytes, fixed_bytes, value_bytes])
-    indices = iter(_decode_indices(sparse, unary, fixed))
-    values = _decode_values(entries, rest)
-    return [
-        Message(e.shape, None if e.support == _DENSE else next(indices), v)
-        for e, v in zip(entries, values, strict=True)
-    ]
+    unary, fixed, levels, rest = streams.split([unary_bytes, fixed_bytes, sum(level_bytes), float_bytes])
+    indices = iter(_decode_indices(coded, unary, fixed))
+    floats = _decode_floats(entries, rest)
+    messages = []
+    for entry, packed, numbers in zip(entries, levels.split(level_bytes), floats, strict=True):
+        values = _decode_values(entry, packed, numbers)
+        if entry.support == _DENSE:
+            messages.append(Message(entry.shape, None, values))
+        elif entry.support in _CODED:
+            messages.append(Message(entry.shape, next(indices), values))
+        else:
+            rule = Subset(entry.rule) if entry.support == _SUBSET else Block(entry.rule)
+            drawn = rule.indices(entry.numel, entry.count).to(streams.device)
+            messages.append(Message(entry.shape, drawn, values, rule))
+    return messages
+
+
+def _decode_values(entry: _Entry, packed: Tensor, floats: Tensor) -> Values:
+    if entry.kind == _FLOATS:
+        return Floats(floats)
+    levels = unpack_levels(packed, entry.level_bits, entry.level_count)
+    highest = 2 * entry.s if entry.kind == _SYMMETRIC else entry.s
+    if highest + 1 < 1 << entry.level_bits and bool((levels > highest).any()):
+        raise WireError(f"a level lies above the highest, {highest}")
+    values: Levels
+    if entry.kind == _SYMMETRIC:
+        values = Symmetric(levels, floats, entry.s, entry.bucket)
+    elif entry.kind == _RANGE:
+        values = Range(levels, floats, entry.s)
+    else:
+        values = Codebook(levels, floats)
+    return values if entry.rotation is None else Rotated(values, entry.rotation, entry.count)
 
 
 def _decode_indices(entries: list[_Entry], unary: Tensor, fixed: Tensor) -> list[Tensor]:
@@ -354,13 +476,14 @@ def _decode_indices(entries: list[_Entry], unary: Tensor, fixed: Tensor) -> list
     return list(flat.split([e.count for e in entries]))
 
 
-def _decode_values(entries: list[_Entry], stream: Tensor) -> list[Tensor]:
-    values: dict[int, Tensor] = {}
+def _decode_floats(entries: list[_Entry], stream: Tensor) -> list[Tensor]:
+    floats: dict[int, Tensor] = {}
     for code, dtype in enumerate(_DTYPES):
         chosen = [e for e in entries if e.dtype == code]
-        size = sum(e.count for e in chosen) * dtype.itemsize
+        size = sum(e.float_bytes for e in chosen)
         section = stream.new_empty(size)  # of its own, since a section may start at any byte and must be aligned
         section.copy_(stream[:size])
         stream = stream[size:]
-        values.update(zip((e.id for e in chosen), section.view(dtype).split([e.count for e in chosen]), strict=True))
-    return [values[e.id] for e in entries]
+        parts = section.view(dtype).split([e.float_count for e in chosen])
+        floats.update(zip((e.id for e in chosen), parts, strict=True))
+    return [floats[e.id] for e in entries]

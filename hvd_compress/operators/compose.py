@@ -1,0 +1,86 @@
+"""A quantizer behind a sparsifier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..wire import Message
+from .amount import Amount
+from .base import Operator, Quantizer
+from .quantizers import QSGD, Sign
+
+
+def compose(sparsifier: Operator, quantizer: Quantizer, *, scaled: bool = False) -> Composed:
+    """``Q(Comp_k(x))``: the kept elements, quantized. Qsparse-local-SGD (arXiv 1906.02367), section 2.
+
+    Args:
+        sparsifier: :class:`TopK`, :class:`RandK` or any other that sends floats.
+        quantizer: of the kept elements; β below is its variance bound for them.
+        scaled: divide by 1 + β, as in Lemma 2 (and as the paper's code does): a contraction for every β, though it
+            shrinks more than is needed where the bound is far from the truth. Without, Lemma 1 needs β < 1.
+
+    Raises:
+        TypeError: not a sparsifier and a quantizer.
+        ValueError: not scaled, and an l2-norm QSGD with β ≥ 1, which may add more noise than there is signal. Raised
+            here if k is known, else at the first tensor that is too large.
+    """
+    if not isinstance(quantizer, Quantizer) or isinstance(sparsifier, Quantizer | Composed):
+        raise TypeError(f"compose takes a sparsifier and a quantizer, got {sparsifier!r} and {quantizer!r}")
+    composed = Composed(sparsifier, quantizer, scaled)
+    if isinstance(sparsifier, Amount) and sparsifier.k is not None:
+        composed.check(sparsifier.k)
+    return composed
+
+
+@dataclass(frozen=True)
+class Composed(Operator):
+    """See :func:`compose`."""
+
+    sparsifier: Operator
+    quantizer: Quantizer
+    scaled: bool = False
+
+    @property
+    def shared_draws(self) -> bool:  # type: ignore[override]
+        """As the sparsifier's."""
+        return self.sparsifier.shared_draws
+
+    def check(self, k: int) -> None:
+        """See :func:`compose`.
+
+        Raises:
+            ValueError: the composition is no contraction for k kept elements.
+        """
+        if self.scaled or not isinstance(self.quantizer, QSGD) or self.quantizer.norm != "l2":
+            return
+        beta = self.quantizer.variance_bound(k)
+        if beta >= 1:
+            raise ValueError(
+                f"l2-norm QSGD with s = {self.quantizer.s} on {k} elements has β = {beta:.4g} ≥ 1, so that it is no "
+                "contraction (Lemma 1): use scaled=True, norm='max', a smaller bucket=… (fewer elements to a norm), or "
+                "more bits"
+            )
+
+    def gamma(self, numel: int) -> float:
+        """Lemma 1 ``(1 − β) k/d``, Lemma 2 ``k/(d(1 + β))``, Lemma 3 for :class:`Sign`, β for k elements."""
+        k = self.sparsifier.count(numel) if isinstance(self.sparsifier, Amount) else numel
+        kept = self.sparsifier.gamma(numel)
+        if isinstance(self.quantizer, Sign):
+            m = self.quantizer.m
+            return 1 / numel if m == 1 else k ** (2 / m - 1) / numel
+        if self.scaled:
+            return kept / (1 + self.quantizer.variance_bound(k))
+        return kept * self.quantizer.gamma(k)
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        kept = self.sparsifier.encode(x, generator=generator)
+        k = len(kept.values)
+        self.check(k)
+        values = self.quantizer.encode(kept.values.decode(), generator=generator).values
+        if self.scaled:
+            values = values.times(1 / (1 + self.quantizer.variance_bound(k)))
+        return Message(kept.shape, kept.indices, values, kept.rule)

@@ -1,0 +1,307 @@
+"""Quantizers: every element is sent, in few bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..kernels import hadamard, next_power_of_two, random_signs
+from ..wire import Message, Range, Symmetric
+from ..wire import Rotated as RotatedValues
+from .base import Quantizer, check_steps, draw_seed, flatten, uniform
+
+
+@dataclass(frozen=True)
+class QSGD(Quantizer):
+    """Magnitudes rounded without bias to s steps of a norm, with their sign.
+
+    ``r = s|x_i| / norm``; the level is ``floor(r)``, or one more with probability ``r − floor(r)``; receivers see
+    ``norm · sign(x_i) · level / s``. QSGD (arXiv 1610.02132), section 3; Qsparse-local-SGD (arXiv 1906.02367),
+    section 2. Its variance is exactly ``(norm/s)² Σ f_i (1 − f_i)`` with ``f = r − floor(r)``.
+
+    Args:
+        levels: s, steps to each side of zero; or
+        bits: of each element on the wire, s = 2^(bits − 1) − 1.
+        norm: ``"max"``, the largest magnitude, has hundreds of times less noise on gradients than the original's
+            ``"l2"``, which sends most elements to zero when there are many; l2 is there for fidelity to the paper.
+        bucket: so many consecutive elements share a norm; 0 for one norm for all.
+
+    Raises:
+        ValueError, TypeError: neither or both of levels and bits, or one out of its range; an unknown norm.
+    """
+
+    levels: int | None = None
+    bits: int | None = None
+    norm: Literal["max", "l2"] = "max"
+    bucket: int = 0
+
+    def __post_init__(self) -> None:
+        check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1 if b else 0)
+        if self.norm not in ("max", "l2"):
+            raise ValueError(f"norm must be 'max' or 'l2', got {self.norm!r}")
+        if isinstance(self.bucket, bool) or not isinstance(self.bucket, int) or self.bucket < 0:
+            raise ValueError(f"bucket must be a number of elements, or 0 for all, got {self.bucket!r}")
+
+    @property
+    def s(self) -> int:
+        """Steps to each side of zero."""
+        return check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1 if b else 0)
+
+    def variance_bound(self, numel: int) -> float:
+        """β for the worst x. For l2: ``min(n/s², √n/s)``, n elements to a norm.
+
+        For max (derived here): with one element at the norm and the other n − 1 at ``f·norm/s``, the ratio of
+        variance to energy is ``(n−1) f(1−f) / (s² + (n−1) f²)``. Its maximum over f is ``1/(2f) − 1``, at
+        ``f = √(a² + a) − a`` with ``a = s²/(n−1)``.
+        """
+        n = min(numel, self.bucket) if self.bucket else numel
+        if self.norm == "l2":
+            return min(n / self.s**2, math.sqrt(n) / self.s)
+        if n <= 1:
+            return 0.0
+        a = self.s**2 / (n - 1)
+        return 1 / (2 * (math.sqrt(a * a + a) - a)) - 1
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        rows = _rows(flat, self.bucket)
+        scale = rows.abs().amax(1) if self.norm == "max" else torch.linalg.vector_norm(rows, dim=1)
+        step = (scale / self.s).unsqueeze(1)
+        # 0/0, an all-zero row, is zero; what is not finite is told by the scale.
+        steps = (rows / step).nan_to_num_(0.0, 0.0, 0.0).reshape(-1)[: len(flat)]
+        signed = _round_up_by_chance(steps, generator).clamp_(-self.s, self.s)
+        levels = (signed + self.s).to(torch.uint8 if 2 * self.s < 256 else torch.int64)
+        return Message(tuple(x.shape), None, Symmetric(levels, scale, self.s, self.bucket))
+
+
+@dataclass(frozen=True)
+class TernGrad(Quantizer):
+    """``max|x| · sign(x_i)`` with probability ``|x_i| / max|x|``, else zero, after clipping.
+
+    TernGrad (arXiv 1705.07878). Unbiased for the clipped tensor, with variance ``s‖x‖₁ − ‖x‖²``, s its largest
+    magnitude.
+
+    Args:
+        clip: magnitudes are cut at so many standard deviations; None for no clipping. The paper's is 2.5.
+
+    Raises:
+        ValueError: ``clip`` is not positive.
+    """
+
+    clip: float | None = 2.5
+
+    def __post_init__(self) -> None:
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"clip must be a positive number of standard deviations or None, got {self.clip!r}")
+
+    def variance_bound(self, numel: int) -> float:
+        """As QSGD's with one step of the largest magnitude, if nothing is clipped."""
+        if self.clip is not None:
+            raise NotImplementedError("with clipping TernGrad is biased: clip=None has a variance bound")
+        return QSGD(levels=1).variance_bound(numel)
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        if self.clip is not None and len(flat) > 1:
+            limit = self.clip * flat.std(correction=0)
+            # No spread, no outliers: equal elements must not be cut to nothing.
+            limit = torch.where(limit == 0, torch.inf, limit)
+            flat = torch.where(torch.isnan(limit), torch.nan, flat.clamp(-limit, limit))
+        return QSGD(levels=1).encode(flat.reshape(x.shape), generator=generator)
+
+
+@dataclass(frozen=True)
+class MinMax(Quantizer):
+    """Elements rounded without bias to s + 1 evenly spaced levels from the smallest to the largest element.
+
+    Stochastic s-level quantization, Suresh et al. (arXiv 1611.00429). Its variance is exactly ``D² Σ f_i (1 − f_i)``,
+    ``D = (max − min)/s``, f the fractional part of ``(x_i − min)/D``.
+
+    Args:
+        levels: s, the number of steps; or
+        bits: of each element on the wire, s = 2^bits − 1.
+
+    Raises:
+        ValueError, TypeError: neither or both, or one out of its range.
+    """
+
+    levels: int | None = None
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
+
+    @property
+    def s(self) -> int:
+        """Number of steps."""
+        return check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
+
+    def variance_bound(self, numel: int) -> float:
+        """``d/(2s²)``: ``(max − min)² ≤ 2‖x‖²``, and ``f(1 − f) ≤ 1/4``."""
+        return numel / (2 * self.s**2)
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        return Message(tuple(x.shape), None, _to_range(flat, _extremes(flat), self.s, generator))
+
+
+@dataclass(frozen=True)
+class Rotated(Quantizer):
+    """A random rotation, then :class:`MinMax`: no element stays much larger than the others.
+
+    ``z = H diag(ε) x / √n`` with the Walsh-Hadamard matrix H (x padded with zeros to a power of two) and random signs
+    ε, whose seed is sent; receivers rotate back. Suresh et al. (arXiv 1611.00429), section 3; Qsparse-local-SGD
+    (arXiv 1906.02367), section 2.
+
+    Args:
+        levels: s, the number of steps; or
+        bits: of each element on the wire, s = 2^bits − 1.
+
+    Raises:
+        ValueError, TypeError: neither or both, or one out of its range.
+    """
+
+    levels: int | None = None
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
+
+    @property
+    def s(self) -> int:
+        """Number of steps."""
+        return check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
+
+    def variance_bound(self, numel: int) -> float:
+        """``2 log₂(2d)/s²``, for d padded to a power of two; the expectation is over the signs too."""
+        return 2 * math.log2(2 * next_power_of_two(numel)) / self.s**2
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        rotated, seed = _rotate(flat, generator)
+        values = _to_range(rotated, _extremes(rotated), self.s, generator)
+        return Message(tuple(x.shape), None, RotatedValues(values, seed, len(flat)))
+
+
+@dataclass(frozen=True)
+class OneBit(Quantizer):
+    """One bit for each element: the sign of the rotated vector after adding uniform noise.
+
+    FO-SGD (arXiv 2405.11095): ``q = sign(u + τ)``, u the rotated vector as in :class:`Rotated`, τ uniform on
+    [−λ, λ]; receivers see the back-rotated ``λ q``. Where all ``|u_j| ≤ λ`` it is unbiased, with error exactly
+    ``n λ² − ‖u‖²``.
+
+    Args:
+        scale: λ, a positive number; None for ``‖x‖ √(2 ln(2n/failure)/n)`` (derived here), with which no element is
+            beyond λ, but with probability ``failure``.
+        failure: see ``scale``.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    scale: float | None = None
+    failure: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be a positive number or None, got {self.scale!r}")
+        if not 0 < self.failure < 1:
+            raise ValueError(f"failure must be a probability in (0, 1), got {self.failure!r}")
+
+    def variance_bound(self, numel: int) -> float:
+        """``2 ln(2n/failure) − 1`` for the default scale, if no element is beyond it."""
+        if self.scale is not None:
+            raise NotImplementedError("with a fixed scale the error is n·scale² − ‖x‖², whatever x is")
+        return 2 * math.log(2 * next_power_of_two(numel) / self.failure) - 1
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        rotated, seed = _rotate(flat, generator)
+        n = len(rotated)
+        if self.scale is None:
+            limit = torch.linalg.vector_norm(rotated) * math.sqrt(2 * math.log(2 * n / self.failure) / n)
+        else:
+            limit = torch.where(torch.isfinite(rotated).all(), self.scale, torch.nan).to(flat.dtype)
+        values = _to_range(rotated, torch.stack([-limit, limit]), 1, generator)
+        return Message(tuple(x.shape), None, RotatedValues(values, seed, len(flat)))
+
+
+@dataclass(frozen=True)
+class Sign(Quantizer):
+    """``(‖x‖_m / d) · sign(x_i)``, deterministic; sign(0) is +1.
+
+    With m = 1 the scale is the mean magnitude: of all multiples of the sign the one nearest to x. EF-SGD
+    (arXiv 1901.09847); behind a sparsifier it is SignComp_k of Qsparse-local-SGD (arXiv 1906.02367), Lemma 3.
+
+    Args:
+        m: 1, 2, … or ``math.inf``: which norm.
+
+    Raises:
+        ValueError: ``m`` is less than 1.
+    """
+
+    m: float = 1
+
+    def __post_init__(self) -> None:
+        if not self.m >= 1:
+            raise ValueError(f"m must be 1, 2, … or math.inf, got {self.m!r}")
+
+    def gamma(self, numel: int) -> float:
+        """``d^(2/m − 1)/d`` for the worst x (Lemma 3 with k = d); for m = 1, 1/d."""
+        if numel == 0:
+            return 1.0
+        return 1 / numel if self.m == 1 else numel ** (2 / self.m - 1) / numel
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
+        flat = flatten(x)
+        scale = torch.linalg.vector_norm(flat, ord=self.m) / max(1, len(flat)) if len(flat) else flat.new_zeros(())
+        levels = (flat >= 0).to(torch.uint8)
+        return Message(tuple(x.shape), None, Range(levels, torch.stack([-scale, scale]), 1))
+
+
+def _rows(flat: Tensor, bucket: int) -> Tensor:
+    """One row for each norm; the last is filled up with zeros."""
+    if not bucket:
+        return flat.reshape(1, -1) if len(flat) else flat.new_zeros(1, 1)
+    rows = flat.new_zeros(max(1, -(-len(flat) // bucket)) * bucket)
+    rows[: len(flat)] = flat
+    return rows.reshape(-1, bucket)
+
+
+def _round_up_by_chance(steps: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Magnitudes rounded up with the probability of their fractional part, signs kept."""
+    magnitude = steps.abs()
+    floor = magnitude.floor()
+    up = uniform(len(steps), generator, steps) < magnitude - floor
+    return (floor + up) * steps.sign()
+
+
+def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator | None) -> Range:
+    """``flat`` rounded without bias to s steps between two extremes, and cut there."""
+    low, high = extremes[0], extremes[1]
+    steps = ((flat - low) / ((high - low) / s)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0, s)
+    levels = _round_up_by_chance(steps, generator)
+    return Range(levels.to(torch.uint8 if s < 256 else torch.int64), extremes, s)
+
+
+def _extremes(flat: Tensor) -> Tensor:
+    return torch.stack([flat.min(), flat.max()]) if len(flat) else flat.new_zeros(2)
+
+
+def _rotate(flat: Tensor, generator: torch.Generator | None) -> tuple[Tensor, int]:
+    """The rotated vector, padded to a power of two, and the seed of its signs."""
+    seed = draw_seed(generator)
+    padded = flat.new_zeros(next_power_of_two(len(flat)))
+    padded[: len(flat)] = flat
+    return hadamard(padded * random_signs(len(padded), seed, flat.device)), seed

@@ -1,0 +1,105 @@
+"""Sparsifiers that do not rank elements: by chance, or by a threshold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..wire import Block, Floats, Message, Subset
+from .amount import Amount
+from .base import Operator, draw_seed, flatten
+
+
+@dataclass(frozen=True)
+class RandK(Amount, Operator):
+    """A uniformly random k-subset, not rescaled; its indices cost no bytes, since receivers draw them again.
+
+    Qsparse-local-SGD (arXiv 1906.02367), section 2: ``E‖x − C(x)‖² = (1 − k/d)‖x‖²`` exactly, so γ = k/d. How many:
+    see :class:`Amount`.
+
+    Args:
+        shared: whether all ranks draw the same subset of a tensor.
+    """
+
+    shared: bool = False
+
+    @property
+    def shared_draws(self) -> bool:  # type: ignore[override]
+        """See :class:`Operator`."""
+        return self.shared
+
+    def gamma(self, numel: int) -> float:
+        """k/d, attained by every x."""
+        return self.count(numel) / numel if numel else 1.0
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        k = self.count(len(flat))
+        if k == len(flat):
+            return Message.dense(flat.clone().reshape(x.shape))
+        return _by_rule(x, flat, Subset(draw_seed(generator)), k)
+
+
+@dataclass(frozen=True)
+class RandomBlock(Amount, Operator):
+    """k consecutive elements from a random one on, going on at the front behind the last; not rescaled.
+
+    All ranks draw the same block, so that only values differ between their messages. DEF (arXiv 2004.05298) calls it
+    unified random sparsification by blocks; every element is kept with probability k/d, so γ = k/d as for Rand_k. How
+    many: see :class:`Amount`.
+    """
+
+    @property
+    def shared_draws(self) -> bool:  # type: ignore[override]
+        """True."""
+        return True
+
+    def gamma(self, numel: int) -> float:
+        """k/d, attained by every x."""
+        return self.count(numel) / numel if numel else 1.0
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`."""
+        flat = flatten(x)
+        k = self.count(len(flat))
+        if k == len(flat):
+            return Message.dense(flat.clone().reshape(x.shape))
+        return _by_rule(x, flat, Block(draw_seed(generator) % len(flat)), k)
+
+
+@dataclass(frozen=True)
+class Threshold(Operator):
+    """All elements of magnitude ``threshold`` or more; how many there are varies from tensor to tensor.
+
+    The hard-threshold sparsifier, Sahu et al. (arXiv 2108.00951). No γ holds for every x; the error is at most
+    ``d · threshold²``. NaN counts as infinite.
+
+    Args:
+        threshold: a positive magnitude.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"threshold must be a positive number, got {self.threshold!r}")
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
+        flat = flatten(x)
+        indices = torch.nonzero(~(flat.abs() < self.threshold)).reshape(-1)
+        return Message(tuple(x.shape), indices, Floats(flat[indices]))
+
+
+def _by_rule(x: Tensor, flat: Tensor, rule: Subset | Block, k: int) -> Message:
+    indices = rule.indices(len(flat), k).to(flat.device)
+    # An overflow must reach all ranks, whether or not its element was drawn.
+    poison = torch.where(torch.isfinite(flat).all(), 0.0, torch.nan).to(flat.dtype)
+    return Message(tuple(x.shape), indices, Floats(flat[indices] + poison), rule)

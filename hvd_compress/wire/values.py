@@ -1,0 +1,201 @@
+"""The numbers in a message: floats as they are, or levels of a quantizer with what turns them into floats."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..kernels import hadamard, random_signs
+
+
+class Values(ABC):
+    """A vector as it is sent. Receivers see :meth:`decode`, which the sender computes by the same expression."""
+
+    @property
+    @abstractmethod
+    def floats(self) -> Tensor:
+        """What is sent in full: the values themselves, or a quantizer's few parameters. Floating point ``[m]``."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def decode(self) -> Tensor:
+        """The values: ``[len(self)]``, of the dtype and on the device of :attr:`floats`."""
+
+    @abstractmethod
+    def times(self, factor: float | Tensor) -> Values:
+        """The same values, all multiplied by ``factor`` (a number or a tensor of no dimensions)."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> Values:
+        """The same values on ``device``."""
+
+    def nonzero(self) -> Tensor | None:
+        """Which values are not zero, bool ``[n]``; None when none may be left out."""
+        return None
+
+    def select(self, chosen: Tensor) -> Values:
+        """Those where ``chosen`` is true; only after :meth:`nonzero` has returned something."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Floats(Values):
+    """Numbers as they are."""
+
+    numbers: Tensor  # float32, float64, float16 or bfloat16 [n]
+
+    @property
+    def floats(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.numbers
+
+    def times(self, factor: float | Tensor) -> Floats:
+        """See :class:`Values`."""
+        return Floats(self.numbers * factor)
+
+    def to(self, device: torch.device) -> Floats:
+        """See :class:`Values`."""
+        return Floats(self.numbers.to(device))
+
+    def nonzero(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.numbers != 0
+
+    def select(self, chosen: Tensor) -> Floats:
+        """See :class:`Values`."""
+        return Floats(self.numbers[chosen])
+
+
+@dataclass(frozen=True)
+class Levels(Values):
+    """Quantized values: a level each, and a few floats that say what the levels mean."""
+
+    levels: Tensor  # uint8 or int64 [n], 0 ≤ level < 2 ** bits
+    parameters: Tensor  # float32 or float64 [m]
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of each level on the wire."""
+
+    @property
+    def floats(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.parameters
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def times(self, factor: float | Tensor) -> Levels:
+        """See :class:`Values`: every meaning below is linear in its parameters."""
+        return replace(self, parameters=self.parameters * factor)
+
+    def to(self, device: torch.device) -> Levels:
+        """See :class:`Values`."""
+        return replace(self, levels=self.levels.to(device), parameters=self.parameters.to(device))
+
+
+@dataclass(frozen=True)
+class Symmetric(Levels):
+    """``scale · (level − s) / s``, s steps to each side of an exact zero.
+
+    ``parameters`` are the scales, one for each ``bucket`` consecutive values (a single one when ``bucket`` is 0).
+    """
+
+    s: int
+    bucket: int = 0
+
+    @property
+    def bits(self) -> int:
+        """See :class:`Levels`."""
+        return (2 * self.s).bit_length()
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        signed = self.levels.to(self.parameters.dtype) - self.s
+        scale = self.parameters.repeat_interleave(self.bucket)[: len(signed)] if self.bucket else self.parameters
+        return scale * signed / self.s
+
+    def nonzero(self) -> Tensor | None:
+        """See :class:`Values`. In buckets a value's place tells its scale."""
+        if self.bucket:
+            return None
+        # A scale that is not finite makes every value NaN, which must not be lost.
+        return (self.levels != self.s) | ~torch.isfinite(self.parameters)
+
+    def select(self, chosen: Tensor) -> Symmetric:
+        """See :class:`Values`."""
+        return replace(self, levels=self.levels[chosen])
+
+
+@dataclass(frozen=True)
+class Range(Levels):
+    """``low + level · (high − low) / s`` for the two parameters (low, high)."""
+
+    s: int
+
+    @property
+    def bits(self) -> int:
+        """See :class:`Levels`."""
+        return self.s.bit_length()
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        low, high = self.parameters[0], self.parameters[1]
+        return low + self.levels.to(self.parameters.dtype) * ((high - low) / self.s)
+
+
+@dataclass(frozen=True)
+class Codebook(Levels):
+    """``parameters[level]``."""
+
+    @property
+    def bits(self) -> int:
+        """See :class:`Levels`."""
+        return max(1, (len(self.parameters) - 1).bit_length())
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.parameters[self.levels.to(torch.int64)]
+
+
+@dataclass(frozen=True)
+class Rotated(Values):
+    """Values behind a random rotation: the first ``count`` elements of diag(ε) H ``inner`` / √n."""
+
+    inner: Levels  # of a power of two
+    seed: int  # of the signs ε; 0 ≤ seed < 2 ** 63
+    count: int
+
+    @property
+    def floats(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.inner.floats
+
+    def __len__(self) -> int:
+        return self.count
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        signs = random_signs(len(self.inner), self.seed, self.floats.device)
+        return (hadamard(self.inner.decode()) * signs)[: self.count]
+
+    def times(self, factor: float | Tensor) -> Rotated:
+        """See :class:`Values`."""
+        return replace(self, inner=self.inner.times(factor))
+
+    def to(self, device: torch.device) -> Rotated:
+        """See :class:`Values`."""
+        return replace(self, inner=self.inner.to(device))
