@@ -12,7 +12,7 @@ from horovod.torch.compression import Compressor
 
 from .gradient import GradientCompressor
 from .memory import Memory, NoMemory, Residual
-from .operators import QSGD, Operator, RandK, Sign, TernGrad, TopK, compose
+from .operators import QSGD, TNQSGD, Operator, RandK, Sign, TernGrad, TopK, compose
 from .settings import Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -200,10 +200,27 @@ class Compression(hvd.Compression):
             raise ValueError(_unknown("compressor", name, [*_PLAIN, *_COMPRESSORS]))
         return _COMPRESSORS[name](**settings)
 
+    @staticmethod
+    def tnqsgd(
+        *, bits: int = 4, model: Literal["laplace", "power"] = "laplace", **options: Any
+    ) -> GradientCompressor:
+        """All elements in few bits, cut and with levels placed where gradients are, without memory.
+
+        Args:
+            bits: of each element.
+            model: of the gradients; see :class:`hvd_compress.operators.TNQSGD`, and its siblings for :meth:`of`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(TNQSGD(bits=bits, model=model), **{"memory": "none", **options})
+
 
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
 _COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {
-    name: getattr(Compression, name) for name in ("topk", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad")
+    name: getattr(Compression, name)
+    for name in ("topk", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
 }
 
 

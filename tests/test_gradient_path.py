@@ -262,6 +262,7 @@ def trains_with(name: str, settings: dict[str, Any]) -> dict[str, float]:
         ("qsgd", {"bits": 4, "memory": "residual"}, 7),
         ("sign", {}, 20),
         ("terngrad", {}, 12),
+        ("tnqsgd", {"bits": 3}, 9),
     ],
 )
 def test_every_compressor_trains_and_saves(world: World, name: str, settings: dict, least: float) -> None:

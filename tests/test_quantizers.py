@@ -19,6 +19,10 @@ from torch import Tensor
 from hvd_compress.kernels import hadamard, random_subset
 from hvd_compress.operators import (
     QSGD,
+    TBQSGD,
+    TNQSGD,
+    TQSGD,
+    Composed,
     MinMax,
     OneBit,
     Operator,
@@ -303,6 +307,11 @@ EVERY: list[Operator] = [
     Sign(),
     Sign(m=2),
     TernGrad(),
+    TNQSGD(bits=4),
+    TNQSGD(bits=9, model="power"),
+    TQSGD(bits=3),
+    TBQSGD(bits=4, zero=True),
+    compose(TopK(k=4), TNQSGD(bits=3)),
     compose(TopK(k=4), QSGD(bits=4)),
     compose(TopK(k=4), QSGD(bits=3, norm="l2"), scaled=True),
     compose(RandK(k=4), Rotated(bits=4)),
@@ -353,9 +362,9 @@ def test_the_global_generator_is_not_touched(operator: Operator) -> None:
 
 
 CONTRACTIONS = [
-    op for op in EVERY if not isinstance(op, Threshold | MinMax | Rotated | OneBit | TernGrad | QSGD)
-    and "OneBit" not in repr(op) and "MinMax" not in repr(op) and "Rotated" not in repr(op)
-]  # fmt: skip
+    *[op for op in EVERY if isinstance(op, TopK | RandK | RandomBlock | Sign)],
+    *[op for op in EVERY if isinstance(op, Composed) and isinstance(op.quantizer, QSGD | Sign)],
+]
 
 
 @pytest.mark.parametrize("operator", CONTRACTIONS, ids=repr)

@@ -6,9 +6,13 @@ from .compose import Composed, compose
 from .quantizers import QSGD, MinMax, OneBit, Rotated, Sign, TernGrad
 from .sparsifiers import RandK, RandomBlock, Threshold
 from .topk import TopK
+from .truncated import TBQSGD, TNQSGD, TQSGD
 
 __all__ = [
     "QSGD",
+    "TBQSGD",
+    "TNQSGD",
+    "TQSGD",
     "Amount",
     "Composed",
     "MinMax",

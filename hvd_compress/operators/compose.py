@@ -60,8 +60,8 @@ class Composed(Operator):
         if beta >= 1:
             raise ValueError(
                 f"l2-norm QSGD with s = {self.quantizer.s} on {k} elements has β = {beta:.4g} ≥ 1, so that it is no "
-                "contraction (Lemma 1): use scaled=True, norm='max', a smaller bucket=… (fewer elements to a norm), or "
-                "more bits"
+                "contraction (Lemma 1): use scaled=True, norm='max', a smaller bucket=… (fewer elements to a norm), "
+                "or more bits"
             )
 
     def gamma(self, numel: int) -> float:
