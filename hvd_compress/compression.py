@@ -218,10 +218,8 @@ class Compression(hvd.Compression):
 
 
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
-_COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {
-    name: getattr(Compression, name)
-    for name in ("topk", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
-}
+_NAMES = ("topk", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
+_COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {name: getattr(Compression, name) for name in _NAMES}
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
