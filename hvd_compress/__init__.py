@@ -4,7 +4,7 @@ from .compression import Compression
 from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
 from .gradient import GradientCompressor
 from .ledger import Ledger, Traffic
-from .local_sgd import QsparseLocalSGD
+from .local_sgd import QsparseLocalSGD, post_local, sync_at
 
 __version__ = "0.1.0"
 
@@ -18,4 +18,6 @@ __all__ = [
     "RankMismatchError",
     "Traffic",
     "WireError",
+    "post_local",
+    "sync_at",
 ]

@@ -151,7 +151,7 @@ class Compression(hvd.Compression):
         dense_below: int = 1000,
         process_set: hvd.ProcessSet | None = None,
         seed: int = 0,
-        timeout: float = 600.0,
+        timeout: float = 300.0,
         communicator: MPI.Intracomm | None = None,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
@@ -224,5 +224,5 @@ _COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {name: getattr(Comp
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     return f"unknown {what} {name!r}{hint} Known are: {', '.join(sorted(known))}"

@@ -34,12 +34,13 @@ class Ledger:
     """Counts per tensor, since the start or the last :meth:`reset`.
 
     A buffer is counted once, as it is handed over; how often the library below copies it on its way to the other
-    ranks is that library's affair (with an allgatherv, each of R ranks receives what the R − 1 others sent).
+    ranks is that library's affair (with an allgatherv, each of R ranks receives what the R − 1 others sent). A single
+    rank's gradients are never handed to a compressor by Horovod; local SGD counts what one rank gives to MPI.
     """
 
     tensors: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))  # by parameter name
     shared: Traffic = field(default_factory=Traffic)  # headers, length exchanges, the first handshake
-    exchanges: int = 0  # collective exchanges through MPI
+    exchanges: int = 0  # of compressed messages, or of all parameters under local SGD
 
     @property
     def total(self) -> Traffic:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -11,7 +12,7 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
-from .errors import NonFiniteError
+from .errors import NonFiniteError, RankMismatchError
 from .gradient import GradientCompressor
 from .ledger import Ledger
 from .membership import check_named_parameters, members
@@ -41,7 +42,8 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         compression: ``Compression.topk(…)`` and its like; ``Compression.none`` and ``fp16`` average through
             Horovod's allreduce.
         sync_every: H, the number of steps from one exchange to the next. 4 and 8 are the paper's; 1 exchanges after
-            each step. After the last step call :meth:`synchronize`, unless the number of steps is a multiple of H.
+            each step. Or a function of the number of exchanges so far that says how many steps until the next: see
+            :func:`post_local` and :func:`sync_at`. After the last step call :meth:`synchronize`.
         process_set: Horovod's; None for all ranks.
 
     Raises:
@@ -54,14 +56,14 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         *,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         compression: type[Compressor] | GradientCompressor = hvd.Compression.none,
-        sync_every: int = 1,
+        sync_every: int | Callable[[int], int] = 1,
         process_set: hvd.ProcessSet | None = None,
     ) -> None:
         # The base class's own __init__ would build param_groups anew: they are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
-        if isinstance(sync_every, bool) or not isinstance(sync_every, int) or sync_every < 1:
-            raise ValueError(f"sync_every must be a number of steps ≥ 1, got {sync_every!r}")
+        if not callable(sync_every):
+            _check_steps(sync_every)
         # Configuration
         self.optimizer = optimizer
         self.sync_every = sync_every
@@ -70,6 +72,8 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         # State
         self._anchors: dict[str, Tensor] | None = None  # x_sync; taken at the first step, when x_0 is final
         self._local_steps = 0  # since the last exchange
+        self._steps = 0  # in all
+        self._exchanges = 0
 
     @property
     def ledger(self) -> Ledger:
@@ -118,9 +122,11 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             self._anchors = {name: p.detach().clone() for name, p in self._parameters.items()}
         loss = self._local_step(closure)
         self._local_steps += 1
+        self._steps += 1
         for name, p in self._parameters.items():
             self.ledger.tensors[name].dense += p.nbytes
-        if self._local_steps == self.sync_every:
+        due = _check_steps(self.sync_every(self._exchanges)) if callable(self.sync_every) else self.sync_every
+        if self._local_steps >= due:
             self.synchronize()
         return loss
 
@@ -154,7 +160,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             return
         moved = {name: anchor - self._parameters[name].detach() for name, anchor in self._anchors.items()}
         try:
-            averages = self._average(moved, self._anchors)
+            averages = self._average(moved, self._anchors, self._steps)
         except NonFiniteError:
             for name, p in self._parameters.items():
                 p.copy_(self._anchors[name])
@@ -163,6 +169,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         for name, p in self._parameters.items():
             p.copy_(self._anchors[name].sub_(averages[name]))
         self._local_steps = 0
+        self._exchanges += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under one more key the memory, the anchors and the counters.
@@ -170,8 +177,10 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         Each rank saves its own: memories and, between exchanges, parameters differ.
         """
         own = {
-            "sync_every": self.sync_every,
+            "sync_every": None if callable(self.sync_every) else self.sync_every,
             "local_steps": self._local_steps,
+            "steps": self._steps,
+            "exchanges": self._exchanges,
             "anchors": self._anchors,
             "average": self._average.state_dict(),
         }
@@ -190,7 +199,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
                 "this is a plain optimizer's state: load it into the wrapped optimizer (….optimizer.load_state_dict)"
             )
         own = state.pop(_STATE_KEY)
-        if own["sync_every"] != self.sync_every:
+        if not callable(self.sync_every) and own["sync_every"] not in (None, self.sync_every):
             raise ValueError(f"the state was saved with sync_every={own['sync_every']}, this is {self.sync_every}")
         anchors = own["anchors"]
         if anchors is not None:
@@ -204,6 +213,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         self._average.load_state_dict(own["average"])
         self.optimizer.load_state_dict(state)
         self._anchors, self._local_steps = anchors, own["local_steps"]
+        self._steps, self._exchanges = own["steps"], own["exchanges"]
 
 
 class _CompressedAverage:
@@ -233,13 +243,13 @@ class _CompressedAverage:
     def __repr__(self) -> str:
         return repr(self._settings.operator)
 
-    def __call__(self, moved: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, moved: Mapping[str, Tensor], anchors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         if not self._reducer.is_open:
             communicator, ranks = members(self._process_set, self._settings.communicator)
             self._reducer.open(communicator, ranks, f"local SGD from {_checksum(anchors)}", self._settings.timeout)
         for name, tensor in moved.items():
             self._reducer.add(name, tensor)
-        reduced = self._reducer.reduce()
+        reduced = self._reducer.reduce(step)
         if reduced.overflow:
             where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
             raise NonFiniteError(
@@ -267,15 +277,28 @@ class _HorovodAverage:
     def __repr__(self) -> str:
         return f"Compression.{'fp16' if self._compression is hvd.Compression.fp16 else 'none'}"
 
-    def __call__(self, moved: Mapping[str, Tensor], anchors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def __call__(self, moved: Mapping[str, Tensor], anchors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        self._check(step)
         compressed, contexts = zip(*(self._compression.compress(t.contiguous()) for t in moved.values()), strict=True)
         for name, tensor in zip(moved, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
+        self.ledger.exchanges += 1
         averages = hvd.grouped_allreduce(list(compressed), name="qsparse_local_sgd", process_set=self._process_set)
         return {
             name: self._compression.decompress(average, context)
             for name, average, context in zip(moved, averages, contexts, strict=True)
         }
+
+    def _check(self, step: int) -> None:
+        """Every rank raises if ranks are at different steps: then their steps have a variance."""
+        moments = torch.tensor([step, step * step], dtype=torch.float64)
+        self.ledger.shared.horovod += moments.nbytes
+        total = hvd.allreduce(moments, name="qsparse_local_sgd.step", op=hvd.Sum, process_set=self._process_set)
+        size = self._process_set.size() or 1
+        if total[0] ** 2 != size * total[1]:
+            raise RankMismatchError(
+                f"ranks exchange at different steps; this rank at step {step}: compare sync_every"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"ledger": self.ledger.state_dict()}
@@ -296,6 +319,36 @@ def _averager(
     if compression is hvd.Compression.none or compression is hvd.Compression.fp16:
         return _HorovodAverage(compression, process_set)
     raise TypeError(f"compression must be Compression.none, .fp16 or made by Compression.…, got {compression!r}")
+
+
+def post_local(first: int, then: int) -> Callable[[int], int]:
+    """``sync_every`` for post-local SGD (arXiv 1808.07217): ``first`` exchanges after each step, then every ``then``.
+
+    Raises:
+        ValueError: ``then`` is less than 1.
+    """
+    _check_steps(then)
+    return lambda exchanges: 1 if exchanges < first else then
+
+
+def sync_at(steps: Sequence[int]) -> Callable[[int], int]:
+    """``sync_every`` from a list of sync indices, the I_T of the paper: exchange after these steps, counted from 1.
+
+    After the last one, only :meth:`QsparseLocalSGD.synchronize` exchanges.
+
+    Raises:
+        ValueError: they do not ascend from 1 or more.
+    """
+    gaps = [after - before for before, after in zip([0, *steps], steps, strict=False)]
+    if any(gap < 1 for gap in gaps):
+        raise ValueError(f"sync indices must ascend from 1 or more, got {list(steps)}")
+    return lambda exchanges: gaps[exchanges] if exchanges < len(gaps) else sys.maxsize
+
+
+def _check_steps(steps: object) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"sync_every must be a number of steps ≥ 1, or a function that returns one, got {steps!r}")
+    return steps
 
 
 def _parameters_of(

@@ -139,17 +139,21 @@ class Reducer:
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self._failure = self._failure or error
 
-    def reduce(self) -> Reduced:
+    def reduce(self, step: int | None = None) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
+
+        Args:
+            step: a number that must be the same on all ranks; that of the exchange if None.
 
         Raises:
             PeerError: another rank failed.
-            RankMismatchError: the ranks added different tensors, or are not at the same exchange.
+            RankMismatchError: the ranks added different tensors, or are not at the same step.
             WireError: a message arrived damaged.
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
         assert self._exchange is not None, "open() comes first"
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
+        step = self._round if step is None else step
         failure = self._failure
         self._pending, self._failure = {}, None
         sent_before = self._exchange.sent
@@ -158,12 +162,12 @@ class Reducer:
         if failure is None:
             try:
                 ids = [self._ids[name] for name in names]
-                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=self._round)
+                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=step)
                 buffer, shares = encoded.data, encoded.shares
             except Exception as error:
                 failure = error
         if failure is not None:
-            buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=self._round)
+            buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=step)
         received = self._exchange.allgatherv(buffer)
 
         for name, share in zip(names, shares, strict=failure is None):
@@ -173,7 +177,7 @@ class Reducer:
         if failure is not None:
             raise failure
         device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
-        packets = self._open_packets(received, names, device)
+        packets = self._open_packets(received, names, step, device)
         self._round += 1
 
         overflow = _overflow(packets, names)
@@ -260,7 +264,9 @@ class Reducer:
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
-    def _open_packets(self, received: Sequence[Any], names: list[str], device: torch.device) -> list[wire.Packet]:
+    def _open_packets(
+        self, received: Sequence[Any], names: list[str], step: int, device: torch.device
+    ) -> list[wire.Packet]:
         packets = []
         for rank, data in enumerate(received):
             try:
@@ -272,8 +278,8 @@ class Reducer:
             raise PeerError("; ".join(failed))
         ids = [self._ids[name] for name in names]
         for rank, packet in enumerate(packets):
-            if packet.round != self._round:
-                raise RankMismatchError(f"rank {rank} is at exchange {packet.round}, this rank at {self._round}")
+            if packet.round != step:
+                raise RankMismatchError(f"rank {rank} exchanges at step {packet.round}, this rank at step {step}")
             if packet.ids != ids:
                 different = {*packet.ids} ^ {*ids}
                 which = ", ".join(name for name, id in self._ids.items() if id in different)

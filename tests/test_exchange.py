@@ -224,7 +224,7 @@ def out_of_step() -> None:
     compression.load_state_dict(state)
     optimizer.zero_grad()
     model({"w": torch.ones(30)}).backward()
-    with pytest.raises(RankMismatchError, match=r"rank . is at exchange"):
+    with pytest.raises(RankMismatchError, match=r"rank . exchanges at step"):
         optimizer.step()
 
 

@@ -14,7 +14,7 @@ from models import ByDefinition, Vectors, assert_replicas_identical, gradient
 from torch import Tensor
 from world import World
 
-from hvd_compress import Compression, NonFiniteError, QsparseLocalSGD, RankMismatchError
+from hvd_compress import Compression, NonFiniteError, QsparseLocalSGD, RankMismatchError, post_local, sync_at
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -240,6 +240,62 @@ def counts_exchanges(steps: int, sync_every: int) -> tuple[int, int]:
 def test_number_of_exchanges(world: World, steps: int, sync_every: int) -> None:
     expected = (steps // sync_every, math.ceil(steps / sync_every))
     assert world.run(counts_exchanges, steps, sync_every) == [expected] * 2
+
+
+def exchanges_at(sync_every: Any, steps: int, resume_at: int) -> list[int]:
+    """The steps after which an exchange took place, across a restart."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=sync_every)
+    seen = []
+    for step in range(steps):
+        if step == resume_at:
+            saved = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+            optimizer = wrap(model, sync_every=sync_every)
+            model.load_state_dict(saved[1])
+            optimizer.load_state_dict(saved[0])
+        before = optimizer.ledger.exchanges
+        train(model, optimizer, step, step + 1)
+        if optimizer.ledger.exchanges > before:
+            seen.append(step + 1)
+    return seen
+
+
+def scheduled(resume_at: int) -> None:
+    assert exchanges_at(post_local(first=3, then=4), 16, resume_at) == [1, 2, 3, 7, 11, 15]
+    assert exchanges_at(sync_at([2, 3, 9]), 16, resume_at) == [2, 3, 9]
+    assert exchanges_at(lambda exchanges: exchanges + 1, 16, resume_at) == [1, 3, 6, 10, 15]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("resume_at", [0, 5, 8])
+def test_schedules_of_exchanges(world: World, resume_at: int) -> None:
+    world.run(scheduled, resume_at)
+
+
+def out_of_step(compression: str) -> None:
+    """Ranks that exchange after different numbers of steps would average what does not belong together."""
+    model = Vectors(SHAPES)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        named_parameters=model.named_parameters(),
+        compression=Compression.none if compression == "none" else Compression.topk(k=5),
+        sync_every=3 + hvd.rank(),
+    )
+    train(model, optimizer, 0, 2 + hvd.rank())
+    with pytest.raises(RankMismatchError, match="step"):
+        train(model, optimizer, 2 + hvd.rank(), 3 + hvd.rank())
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("compression", ["none", "topk"])
+def test_ranks_with_other_schedules(world: World, compression: str) -> None:
+    world.run(out_of_step, compression)
+
+
+@pytest.mark.parametrize("steps", [[0, 2], [3, 3], [4, 2]])
+def test_sync_indices_must_ascend(steps: list[int]) -> None:
+    with pytest.raises(ValueError, match="ascend"):
+        sync_at(steps)
 
 
 def any_optimizer_and_schedule(sync_every: int) -> None:

@@ -58,7 +58,7 @@ class Encoded:
 class Packet:
     """What a received packet holds."""
 
-    round: int  # the sender's exchange number
+    round: int  # the sender's exchange or step number
     ids: list[int]  # ascending; which tensor each message is about
     messages: list[Message]
     failure: str | None = None  # the sender's error, in place of messages
@@ -117,7 +117,7 @@ def encode(messages: Sequence[Message], *, ids: Sequence[int] | None = None, rou
     Args:
         messages: of any shapes, dtypes and devices; the packing runs on the first one's device.
         ids: ascending non-negative numbers that say what each message is about; 0, 1, 2, … by default.
-        round: the exchange number, which receivers compare.
+        round: the exchange or step number, which receivers compare.
 
     Raises:
         ValueError: indices that are not strictly ascending or not below ``numel``, ids that do not ascend, or
