@@ -13,6 +13,7 @@ from horovod.torch.compression import Compressor
 from .gradient import GradientCompressor
 from .memory import Memory, NoMemory, Residual
 from .operators import QSGD, TNQSGD, Operator, RandK, Sign, TernGrad, TopK, compose
+from .schedules import Accordion, AdaptiveTopK, Plan
 from .settings import Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -42,6 +43,40 @@ class Compression(hvd.Compression):
             ValueError, TypeError: see :class:`hvd_compress.operators.TopK` and :meth:`of`.
         """
         return Compression.of(TopK(k=k, ratio=ratio), **options)
+
+    @staticmethod
+    def adaptive_topk(
+        *, ratio: float, exchanges: int, smallest: float = 0.1, exponent: float = 1 / 3, **options: Any
+    ) -> GradientCompressor:
+        """Top-k whose k follows the gradients' norm within a total budget, with error feedback.
+
+        Args:
+            ratio: average part of the compressed elements that an exchange sends.
+            exchanges: over which the budget holds, the steps of an epoch say; then a new budget begins.
+            smallest: part of the average that each exchange gets at least.
+            exponent: see :class:`hvd_compress.schedules.AdaptiveTopK`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        plan = AdaptiveTopK(ratio, exchanges, smallest=smallest, exponent=exponent)
+        return Compression.of(plan, **options)
+
+    @staticmethod
+    def accordion(*, high: float, low: float, interval: int = 10, **options: Any) -> GradientCompressor:
+        """Top-k with a high ratio while the gradients' norm changes much and a low one else, with error feedback.
+
+        Args:
+            high: ratio in critical times.
+            low: ratio otherwise.
+            interval: exchanges between decisions.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(Accordion(high, low, interval=interval), **options)
 
     @staticmethod
     def qtopk(
@@ -144,7 +179,7 @@ class Compression(hvd.Compression):
 
     @staticmethod
     def of(
-        operator: Operator,
+        operator: Operator | Plan,
         *,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         memory: str | Callable[[], Memory] = "residual",
@@ -157,7 +192,7 @@ class Compression(hvd.Compression):
         """A compressor of any operator, your own included.
 
         Args:
-            operator: compresses each tensor.
+            operator: compresses each tensor; or a plan of :mod:`hvd_compress.schedules`.
             named_parameters: ``model.named_parameters()``. Needed for ``hvd.DistributedOptimizer``, which does not
                 tell a compressor whose gradient it hands over; not needed for ``QsparseLocalSGD``.
             memory: what happens to that which was not sent: ``"residual"`` adds it to the next tensor (error
@@ -196,9 +231,9 @@ class Compression(hvd.Compression):
             if settings:
                 raise ValueError(f"compressor {name!r} takes no settings, got {', '.join(settings)}")
             return _PLAIN[name]
-        if name not in _COMPRESSORS:
-            raise ValueError(_unknown("compressor", name, [*_PLAIN, *_COMPRESSORS]))
-        return _COMPRESSORS[name](**settings)
+        if name not in COMPRESSORS:
+            raise ValueError(_unknown("compressor", name, [*_PLAIN, *COMPRESSORS]))
+        return COMPRESSORS[name](**settings)
 
     @staticmethod
     def tnqsgd(
@@ -218,8 +253,9 @@ class Compression(hvd.Compression):
 
 
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
-_NAMES = ("topk", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
-_COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {name: getattr(Compression, name) for name in _NAMES}
+_NAMES = ("topk", "adaptive_topk", "accordion", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
+COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {name: getattr(Compression, name) for name in _NAMES}
+"""What takes settings, by name."""
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ class GradientCompressor(Compressor):
                 {name: p.shape for name, p in self._parameters.items()},
                 operator=settings.operator,
                 memory=settings.memory(),
-                dense_below=0,  # small gradients never get there
+                dense_below=settings.dense_below,
                 seed=settings.seed,
                 ledger=self.ledger,
             )
@@ -140,8 +140,7 @@ class GradientCompressor(Compressor):
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
             communicator, ranks = members(self.settings.process_set, self.settings.communicator)
-            expects = f"gradient path, small tensors below {self.settings.dense_below}"
-            reducer.open(communicator, ranks, expects, self.settings.timeout)
+            reducer.open(communicator, ranks, "gradient path", self.settings.timeout)
         traffic = self.ledger.tensors[name]
         traffic.dense += tensor.nbytes
         self._submitted.add(name)

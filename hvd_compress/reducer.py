@@ -17,6 +17,7 @@ from .errors import PeerError, RankMismatchError, WireError
 from .ledger import Ledger
 from .memory import Memory
 from .operators import Operator, working_dtype
+from .schedules import Constant, Plan
 from .wire import Message
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
@@ -55,7 +56,7 @@ class Reducer:
 
     Args:
         shapes: the shape of each tensor that may come, in an order that is the same on all ranks.
-        operator: compresses each tensor.
+        operator: compresses each tensor, or says what does in each exchange.
         memory: what was not sent of each tensor; used by this reducer alone.
         dense_below: tensors with fewer elements are sent whole.
         seed: of the operators' random draws. A draw depends on the seed, the rank, the exchange and the tensor
@@ -67,7 +68,7 @@ class Reducer:
         self,
         shapes: Mapping[str, torch.Size],
         *,
-        operator: Operator,
+        operator: Operator | Plan,
         memory: Memory,
         dense_below: int,
         seed: int,
@@ -81,6 +82,9 @@ class Reducer:
         self._seed = seed
         self._ledger = ledger
         # State
+        sizes = {name: shape.numel() for name, shape in shapes.items() if shape.numel() >= dense_below}
+        self._schedule = operator.start(sizes) if isinstance(operator, Plan) else Constant(operator)
+        self._energies: dict[str, Tensor] = {}  # squared norms of what was added, if the schedule asks for them
         self._memory = memory
         self._round = 0
         self._pending: dict[str, _Pending] = {}
@@ -152,6 +156,8 @@ class Reducer:
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
         assert self._exchange is not None, "open() comes first"
+        energy = _total(list(self._energies.values()))
+        self._energies = {}
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
         step = self._round if step is None else step
         failure = self._failure
@@ -162,7 +168,7 @@ class Reducer:
         if failure is None:
             try:
                 ids = [self._ids[name] for name in names]
-                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=step)
+                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=step, energy=energy)
                 buffer, shares = encoded.data, encoded.shares
             except Exception as error:
                 failure = error
@@ -179,6 +185,8 @@ class Reducer:
         device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
         packets = self._open_packets(received, names, step, device)
         self._round += 1
+        # In rank order, as the sums: all ranks must come to the same conclusion.
+        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets))
 
         overflow = _overflow(packets, names)
         if not overflow:
@@ -203,6 +211,7 @@ class Reducer:
             "rank": exchange.rank if exchange else None,
             "size": exchange.size if exchange else None,
             "memory": self._memory.state_dict(),
+            "schedule": self._schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
         }
 
@@ -229,6 +238,7 @@ class Reducer:
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
             )
         self._memory.load_state_dict(state["memory"])
+        self._schedule.load_state_dict(state["schedule"])
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
 
@@ -252,14 +262,17 @@ class Reducer:
         if len(flat) < self._dense_below:
             return _Pending(Message.dense(flat.clone()), None)
         compensated = self._memory.compensate(name, flat)
-        message = self._operator.encode(compensated, generator=self._generator(name, flat.device))
+        if self._schedule.needs_energy:
+            self._energies[name] = compensated.square().sum()
+        operator = self._schedule.operator(name)
+        message = operator.encode(compensated, generator=self._generator(name, operator, flat.device))
         if message.numel != len(flat):
-            raise ValueError(f"{self._operator!r} made a message of {message.numel} elements from {len(flat)}")
+            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(flat)}")
         return _Pending(message, compensated)
 
-    def _generator(self, name: str, device: torch.device) -> torch.Generator:
+    def _generator(self, name: str, operator: Operator, device: torch.device) -> torch.Generator:
         assert self._exchange is not None, "open() comes first"
-        rank = -1 if self._operator.shared_draws else self._exchange.rank
+        rank = -1 if operator.shared_draws else self._exchange.rank
         key = struct.pack("<qqqq", self._seed, rank, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -288,6 +301,11 @@ class Reducer:
                 if message.numel != self._shapes[name].numel():
                     raise WireError(f"rank {rank} sent {message.numel} elements of {name!r}")
         return packets
+
+
+def _total(numbers: list[Tensor]) -> float:
+    """One transfer for all: on a GPU each read of a number waits for the device."""
+    return float(torch.stack([n.double().to(numbers[0].device) for n in numbers]).sum()) if numbers else 0.0
 
 
 def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ import horovod.torch as hvd
 
 from .memory import Memory
 from .operators import Operator
+from .schedules import Plan
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
@@ -19,7 +20,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
 class Settings:
     """How tensors are compressed, and between whom. See :class:`hvd_compress.Compression` for the meanings."""
 
-    operator: Operator
+    operator: Operator | Plan
     memory: Callable[[], Memory]
     dense_below: int = 1000
     seed: int = 0
@@ -28,8 +29,8 @@ class Settings:
     communicator: MPI.Intracomm | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.operator, Operator):
-            raise TypeError(f"operator must be a hvd_compress.operators.Operator, got {self.operator!r}")
+        if not isinstance(self.operator, Operator | Plan):
+            raise TypeError(f"operator must be an Operator or a Plan of hvd_compress, got {self.operator!r}")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")
         if not self.timeout > 0:

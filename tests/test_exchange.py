@@ -149,7 +149,7 @@ def disagree(kind: str) -> str:
         ("shape", ["tensor b of shape (40,)", "tensor b of shape (41,)"]),
         ("extra", ["(nothing)", "tensor c of shape (5,)"]),
         ("setting", ["k=3", "k=4"]),
-        ("dense", ["below 0", "below 10"]),
+        ("dense", ["dense_below=0", "dense_below=10"]),
     ],
 )
 def test_models_and_settings_that_differ(world: World, kind: str, texts: list[str]) -> None:

@@ -263,6 +263,8 @@ def trains_with(name: str, settings: dict[str, Any]) -> dict[str, float]:
         ("sign", {}, 20),
         ("terngrad", {}, 12),
         ("tnqsgd", {"bits": 3}, 9),
+        ("adaptive_topk", {"ratio": 0.05, "exchanges": 30}, 10),
+        ("accordion", {"high": 0.1, "low": 0.02, "interval": 5}, 7),
     ],
 )
 def test_every_compressor_trains_and_saves(world: World, name: str, settings: dict, least: float) -> None:

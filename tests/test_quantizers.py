@@ -406,8 +406,8 @@ def test_dense_levels_take_their_bits(bits: int) -> None:
     d = 100_000
     for operator in (QSGD(bits=bits), MinMax(bits=bits)):
         sent = operator.encode(torch.randn(d), generator=torch.Generator().manual_seed(0)).to_bytes()
-        assert math.ceil(d * bits / 8) <= len(sent) <= math.ceil(d * bits / 8) + 32 + 17
-    assert len(Sign().encode(torch.randn(d)).to_bytes()) <= d / 8 + 32 + 17
+        assert math.ceil(d * bits / 8) <= len(sent) <= math.ceil(d * bits / 8) + 40 + 17
+    assert len(Sign().encode(torch.randn(d)).to_bytes()) <= d / 8 + 40 + 17
 
 
 def test_composition_takes_indices_at_entropy_and_values_at_their_bits() -> None:
@@ -416,13 +416,13 @@ def test_composition_takes_indices_at_entropy_and_values_at_their_bits() -> None
     limit = (math.lgamma(d + 1) - math.lgamma(k + 1) - math.lgamma(d - k + 1)) / math.log(2) / 8
     x = torch.randn(d, generator=generator)
     for operator, bits in [(compose(TopK(k=k), QSGD(bits=4)), 4), (compose(TopK(k=k), Sign()), 1)]:
-        assert len(operator.encode(x, generator=generator).to_bytes()) <= 1.01 * (limit + k * bits / 8) + 72
+        assert len(operator.encode(x, generator=generator).to_bytes()) <= 1.01 * (limit + k * bits / 8) + 80
     # Levels that are zero are not sent: with the l2 norm most are.
     sent = compose(TopK(k=k), QSGD(bits=4, norm="l2"), scaled=True).encode(x, generator=generator)
     assert len(sent.to_bytes()) < 0.25 * (limit + k * 4 / 8)
     # Indices that receivers draw again cost nothing.
-    assert len(compose(RandK(k=k), QSGD(bits=4)).encode(x, generator=generator).to_bytes()) <= k * 4 / 8 + 72
-    assert len(RandomBlock(k=k).encode(x, generator=generator).to_bytes()) <= 4 * k + 72
+    assert len(compose(RandK(k=k), QSGD(bits=4)).encode(x, generator=generator).to_bytes()) <= k * 4 / 8 + 80
+    assert len(RandomBlock(k=k).encode(x, generator=generator).to_bytes()) <= 4 * k + 80
 
 
 @pytest.mark.parametrize(

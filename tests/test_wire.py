@@ -50,13 +50,14 @@ def assert_equal(sent: Message, received: Message) -> None:
 
 @given(st.lists(messages(), max_size=6), st.integers(0, 2**40))
 def test_round_trip_is_exact(sent: list[Message], round: int) -> None:
-    encoded = encode(sent, round=round)
+    encoded = encode(sent, round=round, energy=0.1 * round)
     packet = decode(encoded.data)
     assert (packet.round, packet.ids, packet.failure) == (round, list(range(len(sent))), None)
+    assert packet.energy == 0.1 * round
     for a, b in zip(sent, packet.messages, strict=True):
         assert_equal(a, b)
     assert HEADER_BYTES + sum(encoded.shares) == len(encoded.data)
-    assert encode(packet.messages, round=round).data.tobytes() == encoded.data.tobytes()
+    assert encode(packet.messages, round=round, energy=packet.energy).data.tobytes() == encoded.data.tobytes()
 
 
 @given(messages())
@@ -177,8 +178,8 @@ def sample() -> bytes:
 def reseal(data: bytearray) -> bytes:
     """With a right length and checksum, so that the inner checks are reached."""
     body = data[HEADER_BYTES:]
-    data[20:28] = struct.pack("<Q", len(body))
-    data[28:32] = struct.pack("<I", zlib.crc32(body, zlib.crc32(data[:28])))
+    data[28:36] = struct.pack("<Q", len(body))
+    data[36:40] = struct.pack("<I", zlib.crc32(body, zlib.crc32(data[:36])))
     return bytes(data)
 
 

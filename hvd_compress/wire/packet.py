@@ -2,7 +2,7 @@
 
 Layout (little-endian; ``docs/wire-format.md`` has it byte by byte)::
 
-    header (32 bytes) | table | gap quotients | fixed-width fields | levels | floats
+    header (40 bytes) | table | gap quotients | fixed-width fields | levels | floats
 
 The table has one entry for each message. The index sections are one stream each over all messages, so that coding
 them takes a constant number of tensor operations. Indices are coded as Golomb-Rice gaps, the quotients in unary and
@@ -33,7 +33,7 @@ from .varint import append_varint, read_varint
 VERSION = 1
 
 _MAGIC = b"HVDC"
-_HEADER = struct.Struct("<4sBBHIQQI")  # magic, version, kind, reserved, messages, round, body bytes, CRC-32
+_HEADER = struct.Struct("<4sBBHIQdQI")  # magic, version, kind, reserved, messages, round, energy, body bytes, CRC-32
 HEADER_BYTES = _HEADER.size
 _MESSAGES, _FAILURE = 0, 1  # kinds of packet
 _DENSE, _RICE, _FIXED, _SUBSET, _BLOCK = range(5)  # how receivers learn a message's indices
@@ -61,6 +61,7 @@ class Packet:
     round: int  # the sender's exchange or step number
     ids: list[int]  # ascending; which tensor each message is about
     messages: list[Message]
+    energy: float  # squared norm of what the sender compressed, if its schedule asks for it
     failure: str | None = None  # the sender's error, in place of messages
 
 
@@ -111,13 +112,16 @@ class _Entry:
         return self.float_count * _DTYPES[self.dtype].itemsize
 
 
-def encode(messages: Sequence[Message], *, ids: Sequence[int] | None = None, round: int = 0) -> Encoded:
+def encode(
+    messages: Sequence[Message], *, ids: Sequence[int] | None = None, round: int = 0, energy: float = 0.0
+) -> Encoded:
     """Fuse ``messages`` into one packet.
 
     Args:
         messages: of any shapes, dtypes and devices; the packing runs on the first one's device.
         ids: ascending non-negative numbers that say what each message is about; 0, 1, 2, … by default.
         round: the exchange or step number, which receivers compare.
+        energy: a number for all receivers.
 
     Raises:
         ValueError: indices that are not strictly ascending or not below ``numel``, ids that do not ascend, or
@@ -144,12 +148,12 @@ def encode(messages: Sequence[Message], *, ids: Sequence[int] | None = None, rou
 
     rows = [_write_entry(e, previous) for e, previous in zip(entries, [-1, *ids], strict=False)]
     body = b"".join(rows) + streams.tobytes()
-    return Encoded(_seal(_MESSAGES, len(entries), round, body), _shares(entries, rows, unary_bits))
+    return Encoded(_seal(_MESSAGES, len(entries), round, energy, body), _shares(entries, rows, unary_bits))
 
 
 def encode_failure(text: str, *, round: int = 0) -> Bytes:
     """A packet that carries an error in place of messages, so that no other rank waits in vain."""
-    return _seal(_FAILURE, 0, round, text.encode())
+    return _seal(_FAILURE, 0, round, 0.0, text.encode())
 
 
 def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
@@ -161,7 +165,7 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     buffer = np.frombuffer(data, np.uint8)
     if len(buffer) < HEADER_BYTES:
         raise WireError(f"a message has at least {HEADER_BYTES} bytes, got {len(buffer)}: it was truncated")
-    magic, version, kind, _, count, round, length, checksum = _HEADER.unpack(buffer[:HEADER_BYTES].data)
+    magic, version, kind, _, count, round, energy, length, checksum = _HEADER.unpack(buffer[:HEADER_BYTES].data)
     if magic != _MAGIC:
         raise WireError(f"not a message of hvd_compress: it starts with {magic!r}, not {_MAGIC!r}")
     if version != VERSION:
@@ -174,17 +178,17 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     if checksum != _checksum(buffer[: HEADER_BYTES - 4].data, body.data):
         raise WireError("message is corrupted: its checksum does not match")
     if kind == _FAILURE:
-        return Packet(round, [], [], bytes(body).decode(errors="replace"))
+        return Packet(round, [], [], energy, bytes(body).decode(errors="replace"))
     if kind != _MESSAGES:
         raise WireError(f"unknown kind of packet {kind}")
     entries, offset = _read_table(body.data, count)
     # A copy: received buffers are reused, and bytes are read-only.
     streams = torch.from_numpy(body[offset:].copy()).to(device)
-    return Packet(round, [e.id for e in entries], _decode_streams(entries, streams))
+    return Packet(round, [e.id for e in entries], _decode_streams(entries, streams), energy)
 
 
-def _seal(kind: int, count: int, round: int, body: bytes) -> Bytes:
-    head = _HEADER.pack(_MAGIC, VERSION, kind, 0, count, round, len(body), 0)[:-4]
+def _seal(kind: int, count: int, round: int, energy: float, body: bytes) -> Bytes:
+    head = _HEADER.pack(_MAGIC, VERSION, kind, 0, count, round, energy, len(body), 0)[:-4]
     return np.frombuffer(head + struct.pack("<I", _checksum(head, body)) + body, np.uint8)
 
 
