@@ -166,8 +166,10 @@ class QsparseLocalSGD(torch.optim.Optimizer):
                 p.copy_(self._anchors[name])
             self._local_steps = 0
             raise
+        # New tensors, so that a state that was taken earlier stays as it was.
+        self._anchors = {name: anchor - averages[name] for name, anchor in self._anchors.items()}
         for name, p in self._parameters.items():
-            p.copy_(self._anchors[name].sub_(averages[name]))
+            p.copy_(self._anchors[name])
         self._local_steps = 0
         self._exchanges += 1
 

@@ -119,21 +119,23 @@ class Reducer:
             timeout: seconds to wait for the other ranks.
 
         Raises:
-            RankMismatchError: on every rank, when ranks differ or do not come; or when a loaded state belongs to
-                another rank or to another number of ranks.
+            RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
+                another rank or of another number of ranks.
         """
         from .exchange import Exchange, abort_on_uncaught_exception, rendezvous
 
-        private, sent = rendezvous(communicator, ranks, self._statement(expects), timeout)
-        abort_on_uncaught_exception(private)
-        exchange = Exchange(private)
-        here = (exchange.rank, exchange.size)
+        here = (ranks.index(communicator.Get_rank()), len(ranks))
+        origin = "a state of its own, or none"
         if self._saved_as not in (None, here):
-            raise RankMismatchError(
-                f"this is rank {here[0]} of {here[1]}, but the loaded state was saved by rank {self._saved_as[0]} of "
-                f"{self._saved_as[1]}: each rank loads its own file, and resumes with the same number of ranks"
+            origin = (
+                f"the state saved by rank {self._saved_as[0]} of {self._saved_as[1]}, being rank {here[0]} of {here[1]}"
+                " (each rank loads its own file, and as many ranks resume as have saved)"
             )
-        self._exchange = exchange
+        private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
+        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
+            raise RankMismatchError(f"this rank has {origin}")
+        abort_on_uncaught_exception(private)
+        self._exchange = Exchange(private)
         self._ledger.shared.mpi += sent
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -242,7 +244,7 @@ class Reducer:
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
 
-    def _statement(self, expects: str) -> str:
+    def _statement(self, *expects: str) -> str:
         shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
         return "\n".join(
             [
@@ -252,7 +254,7 @@ class Reducer:
                 f"dense_below={self._dense_below}",
                 f"seed={self._seed}",
                 f"{self._round} exchanges so far",
-                expects,
+                *expects,
                 *shapes,
             ]
         )

@@ -233,6 +233,34 @@ def test_ranks_at_different_exchanges(world: World) -> None:
     world.run(out_of_step)
 
 
+def anothers_state() -> str:
+    """Every rank loads rank 0's file, as a script does that saves on rank 0 only."""
+
+    def make() -> tuple[Vectors, Any, Any]:
+        model = Vectors({"w": (30,)})
+        compression = Compression.topk(k=3, dense_below=0, named_parameters=model.named_parameters())
+        return model, compression, wrap(model, compression)
+
+    model, compression, optimizer = make()
+    model({"w": torch.ones(30)}).backward()
+    optimizer.step()
+    state = hvd.broadcast_object(compression.state_dict(), root_rank=0)
+    model, compression, optimizer = make()
+    compression.load_state_dict(state)
+    loss = model({"w": torch.ones(30)})
+    with pytest.raises(RankMismatchError) as caught:
+        loss.backward()
+    del optimizer
+    return str(caught.value)
+
+
+@pytest.mark.ranks(2, 3)
+def test_a_state_of_another_rank(world: World) -> None:
+    texts = world.run(anothers_state)
+    assert len(set(texts)) == 1
+    assert f"the state saved by rank 0 of {world.ranks}, being rank 1 of {world.ranks}" in texts[0]
+
+
 # A rank that fails
 
 

@@ -401,6 +401,15 @@ def test_process_set(world: World) -> None:
 # State
 
 
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    else:
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
 def resumes_bit_for_bit(at: int) -> None:
     straight = Vectors(SHAPES)
     whole = wrap(straight, sync_every=4, momentum=0.9)
@@ -410,7 +419,9 @@ def resumes_bit_for_bit(at: int) -> None:
     optimizer = wrap(model, sync_every=4, momentum=0.9)
     train(model, optimizer, 0, at)
     saved = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    kept, before = optimizer.state_dict()["qsparse_local_sgd"], copy.deepcopy(saved[0]["qsparse_local_sgd"])
     train(model, optimizer, at, at + 3)
+    assert_same(kept, before)  # a state does not change with the run that it was taken from
 
     model = Vectors(SHAPES)
     optimizer = wrap(model, sync_every=4, momentum=0.9)
