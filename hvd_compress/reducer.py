@@ -127,9 +127,10 @@ class Reducer:
         here = (ranks.index(communicator.Get_rank()), len(ranks))
         origin = "a state of its own, or none"
         if self._saved_as not in (None, here):
+            saver = f"rank {self._saved_as[0]} of {self._saved_as[1]}"
             origin = (
-                f"the state saved by rank {self._saved_as[0]} of {self._saved_as[1]}, being rank {here[0]} of {here[1]}"
-                " (each rank loads its own file, and as many ranks resume as have saved)"
+                f"the state saved by {saver}, being rank {here[0]} of {here[1]} "
+                "(each rank loads its own file, and as many ranks resume as have saved)"
             )
         private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
         if self._saved_as not in (None, here):  # a single rank has no other to disagree with
