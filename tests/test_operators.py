@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.models import resnet50
 
 from hvd_compress.operators import TopK
 from hvd_compress.operators.topk import top_k, top_k_by_sorting
@@ -132,3 +133,11 @@ def test_integers_are_refused() -> None:
 def test_gpu_selects_the_same() -> None:
     x = torch.randn(LARGE).round()
     assert torch.equal(TopK(k=500)(x.cuda()).cpu(), TopK(k=500)(x))
+
+
+def test_resnet_50_sends_the_paper_s_99400_elements() -> None:
+    """k = 1000 for each of the 161 tensors, whole where they are smaller: the k of the Qsparse-local-SGD paper."""
+    with torch.device("meta"):
+        sizes = [p.numel() for p in resnet50().parameters()]
+    assert (len(sizes), sum(sizes)) == (161, 25_557_032)
+    assert sum(TopK(k=1000).count(size) for size in sizes) == 99_400
