@@ -188,6 +188,7 @@ class Compression(hvd.Compression):
         seed: int = 0,
         timeout: float = 300.0,
         communicator: MPI.Intracomm | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
 
@@ -204,6 +205,9 @@ class Compression(hvd.Compression):
             timeout: seconds to wait for all ranks to begin their first exchange.
             communicator: an mpi4py communicator of Horovod's ranks, after ``hvd.init(comm=…)`` with other ranks
                 than MPI's world.
+            grad_scaler: the ``torch.amp.GradScaler`` in use with ``hvd.DistributedOptimizer``. The memory is then in
+                the units of unscaled gradients and stays right when the scale changes. ``QsparseLocalSGD``, whose memory
+                is in the units of the parameters, needs none.
 
         Raises:
             TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
@@ -213,7 +217,7 @@ class Compression(hvd.Compression):
             if memory not in MEMORIES:
                 raise ValueError(_unknown("memory", memory, MEMORIES))
             memory = MEMORIES[memory]
-        settings = Settings(operator, memory, dense_below, seed, timeout, process_set, communicator)
+        settings = Settings(operator, memory, dense_below, seed, timeout, process_set, communicator, grad_scaler)
         return GradientCompressor(settings, named_parameters)
 
     @staticmethod

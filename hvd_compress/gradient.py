@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .ledger import Ledger
 from .membership import check_named_parameters, members
+from .operators import working_dtype
 from .reducer import Reducer
 from .settings import Settings
 
@@ -37,6 +38,7 @@ class _Ticket:
 
     name: str
     dtype: torch.dtype
+    scale: float  # that the GradScaler had given the gradient
 
 
 class GradientCompressor(Compressor):
@@ -68,6 +70,7 @@ class GradientCompressor(Compressor):
         self._names = [] if self._parameters is None else list(reversed(self._parameters))  # as gradients arrive
         self._next = 0  # where in _names the next gradient is expected
         self._submitted: set[str] = set()  # since the last decompress
+        self._scale = 1.0  # the GradScaler's, in this step
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
 
@@ -122,7 +125,8 @@ class GradientCompressor(Compressor):
         if ctx.name not in self._reduced:
             self._exchange(tensor)
         assert self._parameters is not None
-        return self._reduced.pop(ctx.name).view(self._parameters[ctx.name].shape).to(ctx.dtype)
+        reduced = self._reduced.pop(ctx.name).view(self._parameters[ctx.name].shape)
+        return (reduced if ctx.scale == 1 else reduced.mul_(ctx.scale)).to(ctx.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, step, seed and ledger; call it between steps. Save one for each rank."""
@@ -141,6 +145,9 @@ class GradientCompressor(Compressor):
         if not reducer.is_open:
             communicator, ranks = members(self.settings.process_set, self.settings.communicator)
             reducer.open(communicator, ranks, "gradient path", self.settings.timeout)
+        scaler = self.settings.grad_scaler
+        if scaler is not None and not self._submitted:  # once a step, since it waits for the GPU
+            self._scale = scaler.get_scale()
         traffic = self.ledger.tensors[name]
         traffic.dense += tensor.nbytes
         self._submitted.add(name)
@@ -150,10 +157,14 @@ class GradientCompressor(Compressor):
             dense = dense.contiguous()
             traffic.horovod += dense.nbytes
             return dense, _Dense(tensor.dtype)
-        reducer.add(name, tensor)
+        if self._scale != 1:
+            # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
+            reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
+        else:
+            reducer.add(name, tensor)
         ticket = torch.tensor([1.0, float(reducer.rank == 0)], device=tensor.device)
         traffic.horovod += ticket.nbytes
-        return ticket, _Ticket(name, tensor.dtype)
+        return ticket, _Ticket(name, tensor.dtype, self._scale)
 
     def _bound(self) -> Reducer:
         if self._reducer is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import horovod.torch as hvd
+import torch
 
 from .memory import Memory
 from .operators import Operator
@@ -27,6 +28,7 @@ class Settings:
     timeout: float = 300.0
     process_set: hvd.ProcessSet | None = None
     communicator: MPI.Intracomm | None = None
+    grad_scaler: torch.amp.GradScaler | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator | Plan):

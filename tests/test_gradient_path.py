@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from typing import Any
 
@@ -426,6 +427,40 @@ def overflow(bad: float, where: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_overflow_on_one_rank(world: World, bad: float) -> None:
     world.run(overflow, bad, "b")
+
+
+def under_a_grad_scaler(dtype: torch.dtype) -> None:
+    """Scales are powers of two, so training with a scale that changes is, to the bit, training without one."""
+    results = []
+    for scaled in (False, True):
+        model = Vectors(SHAPES, dtype)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=3, enabled=scaled)
+        compression, optimizer = wrap(model, grad_scaler=scaler)
+        scales = []
+        for step in range(10):
+            optimizer.zero_grad()
+            overflow = step == 5
+            loss = model(gradients(hvd.rank(), step, dtype=dtype))
+            if overflow and not scaled:
+                continue  # what a scaler does with such a step
+            scaler.scale(loss * math.inf if overflow and hvd.rank() == 0 else loss).backward()
+            optimizer.synchronize()
+            scales.append(scaler.get_scale())
+            with optimizer.skip_synchronize():
+                scaler.step(optimizer)
+            scaler.update()
+        assert set(scales) == ({64.0, 128.0} if scaled else {1.0})
+        results.append(([p.detach() for p in model.parameters()], compression.state_dict()["memory"]))
+        assert_replicas_identical(list(model.parameters()))
+    (plain, plain_memory), (scaled_parameters, memory) = results
+    assert all(torch.equal(a, b) for a, b in zip(plain, scaled_parameters, strict=True))
+    assert all(torch.equal(m, memory[name]) for name, m in plain_memory.items())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_memory_stays_right_when_a_grad_scaler_changes_its_scale(world: World, dtype: torch.dtype) -> None:
+    world.run(under_a_grad_scaler, dtype)
 
 
 # Process sets
