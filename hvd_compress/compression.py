@@ -206,8 +206,8 @@ class Compression(hvd.Compression):
             communicator: an mpi4py communicator of Horovod's ranks, after ``hvd.init(comm=…)`` with other ranks
                 than MPI's world.
             grad_scaler: the ``torch.amp.GradScaler`` in use with ``hvd.DistributedOptimizer``. The memory is then in
-                the units of unscaled gradients and stays right when the scale changes. ``QsparseLocalSGD``, whose memory
-                is in the units of the parameters, needs none.
+                the units of unscaled gradients and stays right when the scale changes. ``QsparseLocalSGD``, whose
+                memory is in the units of the parameters, needs none.
 
         Raises:
             TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.

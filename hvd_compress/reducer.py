@@ -251,7 +251,7 @@ class Reducer:
             [
                 f"message format {wire.VERSION}",
                 f"operator {self._operator!r}",
-                f"memory {type(self._memory).__name__}",
+                f"memory {self._memory!r}",
                 f"dense_below={self._dense_below}",
                 f"seed={self._seed}",
                 f"{self._round} exchanges so far",

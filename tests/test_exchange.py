@@ -267,9 +267,6 @@ def test_a_state_of_another_rank(world: World) -> None:
 class Fragile(Operator):
     """Top-2, unless something is wrong with the tensor."""
 
-    def __repr__(self) -> str:
-        return "Fragile()"
-
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         if float(x.sum()) > 1e6:
             raise ArithmeticError("this one is too heavy")

@@ -38,6 +38,20 @@ def test_error_feedback_by_hand() -> None:
         assert memory.state_dict()["w"].tolist() == left
 
 
+def test_decay_by_hand() -> None:
+    """Top-1 with decay 1/2: what waits is halved at each exchange."""
+    memory, operator = Residual(decay=0.5), TopK(k=1)
+    for x, sent, left in [([3.0, 2.0], [3, 0], [0, 2]), ([1.5, 0.0], [1.5, 0], [0, 1]), ([0, 0], [0, 0.5], [0, 0])]:
+        compensated = memory.compensate("w", torch.tensor(x, dtype=torch.float32))
+        message = operator.encode(compensated)
+        assert message.decode().tolist() == sent
+        memory.update("w", compensated, message)
+        assert memory.state_dict()["w"].tolist() == left
+    for decay in (0.0, 1.5):
+        with pytest.raises(ValueError, match="decay"):
+            Residual(decay=decay)
+
+
 def test_nothing_changes_without_update() -> None:
     memory, operator = Residual(), TopK(k=1)
     x = torch.tensor([3.0, 2.0])

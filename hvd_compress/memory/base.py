@@ -21,7 +21,11 @@ class Memory(ABC):
 
     For each exchange and tensor :meth:`compensate` is called once, and once the exchange has succeeded,
     :meth:`update`. Without the second call the memory is as it was: a failed exchange loses nothing.
+    The ``repr`` tells the settings, which ranks compare.
     """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     @abstractmethod
     def compensate(self, name: str, tensor: Tensor) -> Tensor:

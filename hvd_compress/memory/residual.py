@@ -12,24 +12,38 @@ from .base import Memory, Sent
 class Residual(Memory):
     """Error feedback: what was not sent is added to the next tensor.
 
-    ``p = m + x``, send ``C(p)``, ``m ← p − C(p)``: Qsparse-local-SGD (arXiv 1906.02367), Algorithm 1, lines 8
-    and 10; EF-SGD (arXiv 1901.09847), Algorithm 2. The memory is in the units of what it is given: gradients on
-    the gradient path, parameters under local SGD.
+    ``p = decay · m + x``, send ``C(p)``, ``m ← p − C(p)``: with decay 1, Qsparse-local-SGD (arXiv 1906.02367),
+    Algorithm 1, lines 8 and 10, and EF-SGD (arXiv 1901.09847), Algorithm 2; below 1, SparseLoCo (arXiv 2508.15706).
+    The memory is in the units of what it is given: gradients on the gradient path, parameters under local SGD.
+
+    Args:
+        decay: part of the memory that is kept at each exchange, 0 < decay ≤ 1. Below 1 what has waited long counts
+            less, and the model no longer catches up with all that was not sent.
+
+    Raises:
+        ValueError: ``decay`` is out of its range.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, decay: float = 1.0) -> None:
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {decay!r}")
+        # Configuration
+        self._decay = decay
         # State
         self._residuals: dict[str, Tensor] = {}  # name → [d], in the tensor's working dtype, on its device
 
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """m + x. A parameter is seen for the first time with m = 0."""
+        """decay · m + x. A parameter is seen for the first time with m = 0."""
         residual = self._residuals.get(name)
-        return tensor.clone() if residual is None else residual.to(tensor.device) + tensor
+        return tensor.clone() if residual is None else tensor.add(residual.to(tensor.device), alpha=self._decay)
 
     def update(self, name: str, compensated: Tensor, sent: Sent) -> None:
         """m ← p − C(p), in place of p."""
         sent.add_to(compensated, alpha=-1)
         self._residuals[name] = compensated
+
+    def __repr__(self) -> str:
+        return f"Residual(decay={self._decay})"
 
     def state_dict(self) -> dict[str, Tensor]:
         """See :meth:`Memory.state_dict`."""

@@ -16,8 +16,12 @@ class Operator(ABC):
     """A compression operator C: R^d → R^d, deterministic or random.
 
     Subclasses are small frozen configurations without state. A new operator implements :meth:`encode`, and
-    :meth:`gamma` if it is a contraction; nothing else in the library needs to change.
+    :meth:`gamma` if it is a contraction; nothing else in the library needs to change. Ranks compare their operators'
+    ``repr``, so one with settings is best a frozen dataclass.
     """
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
     shared_draws: ClassVar[bool] = False
     """Whether all ranks should draw the same random numbers for a tensor; else each rank draws its own."""
