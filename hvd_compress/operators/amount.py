@@ -41,3 +41,7 @@ class Amount:
             assert self.k is not None
             return min(self.k, numel)
         return min(max(1, round(self.ratio * numel)), numel)
+
+    def gamma(self, numel: int) -> float:
+        """k/d: the γ of choosing k of d elements by size (worst case) or by chance (every x)."""
+        return self.count(numel) / numel if numel else 1.0

@@ -117,11 +117,8 @@ class TernGrad(Quantizer):
 
 
 @dataclass(frozen=True)
-class MinMax(Quantizer):
-    """Elements rounded without bias to s + 1 evenly spaced levels from the smallest to the largest element.
-
-    Stochastic s-level quantization, Suresh et al. (arXiv 1611.00429). Its variance is exactly ``D² Σ f_i (1 − f_i)``,
-    ``D = (max − min)/s``, f the fractional part of ``(x_i − min)/D``.
+class EvenSteps(Quantizer):
+    """What has s evenly spaced steps.
 
     Args:
         levels: s, the number of steps; or
@@ -141,6 +138,15 @@ class MinMax(Quantizer):
     def s(self) -> int:
         """Number of steps."""
         return check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
+
+
+@dataclass(frozen=True)
+class MinMax(EvenSteps):
+    """Elements rounded without bias to s + 1 evenly spaced levels from the smallest to the largest element.
+
+    Stochastic s-level quantization, Suresh et al. (arXiv 1611.00429). Its variance is exactly ``D² Σ f_i (1 − f_i)``,
+    ``D = (max − min)/s``, f the fractional part of ``(x_i − min)/D``. How many steps: see :class:`EvenSteps`.
+    """
 
     def variance_bound(self, numel: int) -> float:
         """``d/(2s²)``: ``(max − min)² ≤ 2‖x‖²``, and ``f(1 − f) ≤ 1/4``."""
@@ -153,31 +159,13 @@ class MinMax(Quantizer):
 
 
 @dataclass(frozen=True)
-class Rotated(Quantizer):
+class Rotated(EvenSteps):
     """A random rotation, then :class:`MinMax`: no element stays much larger than the others.
 
     ``z = H diag(ε) x / √n`` with the Walsh-Hadamard matrix H (x padded with zeros to a power of two) and random signs
     ε, whose seed is sent; receivers rotate back. Suresh et al. (arXiv 1611.00429), section 3; Qsparse-local-SGD
-    (arXiv 1906.02367), section 2.
-
-    Args:
-        levels: s, the number of steps; or
-        bits: of each element on the wire, s = 2^bits − 1.
-
-    Raises:
-        ValueError, TypeError: neither or both, or one out of its range.
+    (arXiv 1906.02367), section 2. How many steps: see :class:`EvenSteps`.
     """
-
-    levels: int | None = None
-    bits: int | None = None
-
-    def __post_init__(self) -> None:
-        check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
-
-    @property
-    def s(self) -> int:
-        """Number of steps."""
-        return check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
 
     def variance_bound(self, numel: int) -> float:
         """``2 log₂(2d)/s²``, for d padded to a power of two; the expectation is over the signs too."""

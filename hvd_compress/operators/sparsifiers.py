@@ -31,17 +31,9 @@ class RandK(Amount, Operator):
         """See :class:`Operator`."""
         return self.shared
 
-    def gamma(self, numel: int) -> float:
-        """k/d, attained by every x."""
-        return self.count(numel) / numel if numel else 1.0
-
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`."""
-        flat = flatten(x)
-        k = self.count(len(flat))
-        if k == len(flat):
-            return Message.dense(flat.clone().reshape(x.shape))
-        return _by_rule(x, flat, Subset(draw_seed(generator)), k)
+        return _by_rule(x, self, Subset(draw_seed(generator)))
 
 
 @dataclass(frozen=True)
@@ -58,17 +50,9 @@ class RandomBlock(Amount, Operator):
         """True."""
         return True
 
-    def gamma(self, numel: int) -> float:
-        """k/d, attained by every x."""
-        return self.count(numel) / numel if numel else 1.0
-
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`."""
-        flat = flatten(x)
-        k = self.count(len(flat))
-        if k == len(flat):
-            return Message.dense(flat.clone().reshape(x.shape))
-        return _by_rule(x, flat, Block(draw_seed(generator) % len(flat)), k)
+        return _by_rule(x, self, Block(draw_seed(generator) % max(1, x.numel())))
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,11 @@ class Threshold(Operator):
         return Message(tuple(x.shape), indices, Floats(flat[indices]))
 
 
-def _by_rule(x: Tensor, flat: Tensor, rule: Subset | Block, k: int) -> Message:
+def _by_rule(x: Tensor, amount: Amount, rule: Subset | Block) -> Message:
+    flat = flatten(x)
+    k = amount.count(len(flat))
+    if k == len(flat):
+        return Message.dense(flat.clone().reshape(x.shape))
     indices = rule.indices(len(flat), k).to(flat.device)
     # An overflow must reach all ranks, whether or not its element was drawn.
     poison = torch.where(torch.isfinite(flat).all(), 0.0, torch.nan).to(flat.dtype)

@@ -16,14 +16,11 @@ from .base import Operator, flatten
 class TopK(Amount, Operator):
     """The k elements of largest magnitude, exactly; among equals the lowest index wins. NaN counts as infinite.
 
-    Qsparse-local-SGD (arXiv 1906.02367), section 2: a contraction with γ = k/d.
+    Qsparse-local-SGD (arXiv 1906.02367), section 2: a contraction with γ = k/d, attained by
+    vectors whose elements have one and the same magnitude.
 
     How many: see :class:`Amount`.
     """
-
-    def gamma(self, numel: int) -> float:
-        """k/d, attained by vectors whose elements have one and the same magnitude."""
-        return self.count(numel) / numel if numel else 1.0
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
