@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import horovod.torch as hvd
@@ -42,7 +41,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         compression: ``Compression.topk(…)`` and its like; ``Compression.none`` and ``fp16`` average through
             Horovod's allreduce.
         sync_every: H, the number of steps from one exchange to the next. 4 and 8 are the paper's; 1 exchanges after
-            each step. Or a function of the number of exchanges so far that says how many steps until the next: see
+            each step. Or a function that is told how many steps were taken and says whether to exchange now: see
             :func:`post_local` and :func:`sync_at`. After the last step call :meth:`synchronize`.
         process_set: Horovod's; None for all ranks.
 
@@ -56,14 +55,14 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         *,
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         compression: type[Compressor] | GradientCompressor = hvd.Compression.none,
-        sync_every: int | Callable[[int], int] = 1,
+        sync_every: int | Callable[[int], bool] = 1,
         process_set: hvd.ProcessSet | None = None,
     ) -> None:
         # The base class's own __init__ would build param_groups anew: they are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
         if not callable(sync_every):
-            _check_steps(sync_every)
+            _check_period(sync_every)
         # Configuration
         self.optimizer = optimizer
         self.sync_every = sync_every
@@ -73,7 +72,6 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         self._anchors: dict[str, Tensor] | None = None  # x_sync; taken at the first step, when x_0 is final
         self._local_steps = 0  # since the last exchange
         self._steps = 0  # in all
-        self._exchanges = 0
 
     @property
     def ledger(self) -> Ledger:
@@ -125,8 +123,8 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         self._steps += 1
         for name, p in self._parameters.items():
             self.ledger.tensors[name].dense += p.nbytes
-        due = _check_steps(self.sync_every(self._exchanges)) if callable(self.sync_every) else self.sync_every
-        if self._local_steps >= due:
+        is_due = self.sync_every(self._steps) if callable(self.sync_every) else self._local_steps == self.sync_every
+        if is_due:
             self.synchronize()
         return loss
 
@@ -171,7 +169,6 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         for name, p in self._parameters.items():
             p.copy_(self._anchors[name])
         self._local_steps = 0
-        self._exchanges += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under one more key the memory, the anchors and the counters.
@@ -182,7 +179,6 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             "sync_every": None if callable(self.sync_every) else self.sync_every,
             "local_steps": self._local_steps,
             "steps": self._steps,
-            "exchanges": self._exchanges,
             "anchors": self._anchors,
             "average": self._average.state_dict(),
         }
@@ -214,8 +210,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             anchors = {name: anchors[name].to(p.device, copy=True) for name, p in self._parameters.items()}
         self._average.load_state_dict(own["average"])
         self.optimizer.load_state_dict(state)
-        self._anchors, self._local_steps = anchors, own["local_steps"]
-        self._steps, self._exchanges = own["steps"], own["exchanges"]
+        self._anchors, self._local_steps, self._steps = anchors, own["local_steps"], own["steps"]
 
 
 class _CompressedAverage:
@@ -323,34 +318,31 @@ def _averager(
     raise TypeError(f"compression must be Compression.none, .fp16 or made by Compression.…, got {compression!r}")
 
 
-def post_local(first: int, then: int) -> Callable[[int], int]:
-    """``sync_every`` for post-local SGD (arXiv 1808.07217): ``first`` exchanges after each step, then every ``then``.
+def post_local(first: int, then: int) -> Callable[[int], bool]:
+    """``sync_every`` for post-local SGD (arXiv 1808.07217): after each of the ``first`` steps, then every ``then``.
 
     Raises:
         ValueError: ``then`` is less than 1.
     """
-    _check_steps(then)
-    return lambda exchanges: 1 if exchanges < first else then
+    _check_period(then)
+    return lambda step: step <= first or (step - first) % then == 0
 
 
-def sync_at(steps: Sequence[int]) -> Callable[[int], int]:
+def sync_at(steps: Iterable[int]) -> Callable[[int], bool]:
     """``sync_every`` from a list of sync indices, the I_T of the paper: exchange after these steps, counted from 1.
 
-    After the last one, only :meth:`QsparseLocalSGD.synchronize` exchanges.
-
     Raises:
-        ValueError: they do not ascend from 1 or more.
+        ValueError: one of them is less than 1.
     """
-    gaps = [after - before for before, after in zip([0, *steps], steps, strict=False)]
-    if any(gap < 1 for gap in gaps):
-        raise ValueError(f"sync indices must ascend from 1 or more, got {list(steps)}")
-    return lambda exchanges: gaps[exchanges] if exchanges < len(gaps) else sys.maxsize
+    indices = frozenset(steps)
+    if min(indices, default=1) < 1:
+        raise ValueError(f"sync indices count steps from 1, got {min(indices)}")
+    return indices.__contains__
 
 
-def _check_steps(steps: object) -> int:
+def _check_period(steps: object) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"sync_every must be a number of steps ≥ 1, or a function that returns one, got {steps!r}")
-    return steps
+        raise ValueError(f"sync_every must be a number of steps ≥ 1, or a function of the step, got {steps!r}")
 
 
 def _parameters_of(
