@@ -213,9 +213,8 @@ class GradientCompressor(Compressor):
 
         Horovod does not say which one it asks about, but it asks about each once before it changes the first.
         """
-        assert self._parameters is not None
         if not self._sparse:
-            gradients = ((name, p.grad) for name, p in self._parameters.items())
+            gradients = ((name, p.grad) for name, p in (self._parameters or {}).items())
             self._sparse = [
                 (name, g._indices().nbytes + g._values().nbytes)
                 for name, g in gradients

@@ -598,6 +598,18 @@ def refuses_unbound() -> None:
     del optimizer
 
 
+def unbound_with_sparse_gradients_only() -> None:
+    """Horovod never shows them to a compressor, so it need not know their names."""
+    model = torch.nn.Embedding(50, 8, sparse=True)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5),
+    )
+    model(torch.tensor([hvd.rank()])).sum().backward()
+    optimizer.step()
+
+
 def refuses_strangers() -> None:
     model, other = Vectors(SHAPES), Vectors(SHAPES)
     optimizer = hvd.DistributedOptimizer(
@@ -621,7 +633,14 @@ def refuses_sparse_in_groups() -> None:
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "variant",
-    [refuses_adasum, refuses_other_operations, refuses_unbound, refuses_strangers, refuses_sparse_in_groups],
+    [
+        refuses_adasum,
+        refuses_other_operations,
+        refuses_unbound,
+        unbound_with_sparse_gradients_only,
+        refuses_strangers,
+        refuses_sparse_in_groups,
+    ],
 )
 def test_what_cannot_work_says_so(world: World, variant: Any) -> None:
     world.run(variant)
