@@ -11,7 +11,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from horovod.torch.compression import Compressor
-from models import ByDefinition, Vectors, assert_replicas_identical, gradient
+from models import ByDefinition, Vectors, assert_replicas_identical, gradient, through_a_file
 from torch import Tensor
 from world import World
 
@@ -520,7 +520,7 @@ def resumes_bit_for_bit(steps: int) -> None:
     model = Vectors(SHAPES)
     compression, optimizer = wrap(model)
     train(model, optimizer, 0, steps)
-    saved = copy.deepcopy((compression.state_dict(), model.state_dict(), optimizer.state_dict()))
+    saved = through_a_file((compression.state_dict(), model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, steps, steps + 2)  # what comes after the checkpoint is lost in the crash
 
     model = Vectors(SHAPES)

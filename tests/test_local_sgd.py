@@ -10,7 +10,7 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from models import ByDefinition, Vectors, assert_replicas_identical, gradient
+from models import ByDefinition, Vectors, assert_replicas_identical, gradient, through_a_file
 from torch import Tensor
 from world import World
 
@@ -435,7 +435,7 @@ def resumes_bit_for_bit(at: int) -> None:
     model = Vectors(SHAPES)
     optimizer = wrap(model, sync_every=4, momentum=0.9)
     train(model, optimizer, 0, at)
-    saved = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    saved = through_a_file((optimizer.state_dict(), model.state_dict()))
     kept, before = optimizer.state_dict()["qsparse_local_sgd"], copy.deepcopy(saved[0]["qsparse_local_sgd"])
     train(model, optimizer, at, at + 3)
     assert_same(kept, before)  # a state does not change with the run that it was taken from
