@@ -140,6 +140,10 @@ class GradientCompressor(Compressor):
         """
         self._bound().load_state_dict(state)
 
+    def reset_memory(self) -> None:
+        """Forget what was not sent so far. Do it on all ranks, between steps."""
+        self._bound().reset_memory()
+
     def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
@@ -151,7 +155,7 @@ class GradientCompressor(Compressor):
         traffic = self.ledger.tensors[name]
         traffic.dense += tensor.nbytes
         self._submitted.add(name)
-        if tensor.numel() < self.settings.dense_below:
+        if tensor.numel() < self.settings.dense_below and not reducer.covers_small:
             # Horovod refuses bfloat16 and tensors that are not contiguous.
             dense = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             dense = dense.contiguous()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job 
     from .exchange import Exchange
 
 _STATE_FORMAT = 1
+_ALIKE, _AFTER = -1, -2  # in place of a rank: draws that are the same on all, before and after the exchange
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,12 @@ class Reduced:
     ]  # (rank, name) of messages with inf or NaN; no memory was updated if there are any
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Pending:
     """A tensor on its way."""
 
     message: Message
-    compensated: Tensor | None  # None: sent whole, so there is nothing to remember
+    remembered: bool  # whether the memory waits for the outcome
 
 
 class Reducer:
@@ -57,7 +58,7 @@ class Reducer:
     Args:
         shapes: the shape of each tensor that may come, in an order that is the same on all ranks.
         operator: compresses each tensor, or says what does in each exchange.
-        memory: what was not sent of each tensor; used by this reducer alone.
+        memory: of each tensor; used by this reducer alone.
         dense_below: tensors with fewer elements are sent whole.
         seed: of the operators' random draws. A draw depends on the seed, the rank, the exchange and the tensor
             only, so that neither the order of tensors nor a restart changes it.
@@ -105,6 +106,11 @@ class Reducer:
         return self._exchange.rank
 
     @property
+    def covers_small(self) -> bool:
+        """Whether small tensors have to come here too."""
+        return self._memory.covers_small
+
+    @property
     def is_open(self) -> bool:
         """Whether the ranks have met."""
         return self._exchange is not None
@@ -140,8 +146,12 @@ class Reducer:
         self._ledger.shared.mpi += sent
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Compress ``tensor`` for the next :meth:`reduce`; a second one of that name replaces the first."""
+        """Compress ``tensor`` for the next :meth:`reduce`; a second one of that name replaces the first.
+
+        The tensor is given up: until :meth:`reduce` has returned, what it holds is not defined.
+        """
         try:
+            self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
             self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self._failure = self._failure or error
@@ -158,45 +168,24 @@ class Reducer:
             WireError: a message arrived damaged.
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
-        assert self._exchange is not None, "open() comes first"
-        energy = _total(list(self._energies.values()))
-        self._energies = {}
-        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
         step = self._round if step is None else step
-        failure = self._failure
-        self._pending, self._failure = {}, None
-        sent_before = self._exchange.sent
-        names = list(pending)
-        shares: list[int] = []
-        if failure is None:
-            try:
-                ids = [self._ids[name] for name in names]
-                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=step, energy=energy)
-                buffer, shares = encoded.data, encoded.shares
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=step)
-        received = self._exchange.allgatherv(buffer)
-
-        for name, share in zip(names, shares, strict=failure is None):
-            self._ledger.tensors[name].mpi += share
-        self._ledger.shared.mpi += self._exchange.sent - sent_before - sum(shares)
-        self._ledger.exchanges += 1
-        if failure is not None:
-            raise failure
-        device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
-        packets = self._open_packets(received, names, step, device)
-        self._round += 1
-        # In rank order, as the sums: all ranks must come to the same conclusion.
-        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets))
-
-        overflow = _overflow(packets, names)
-        if not overflow:
-            for name, p in pending.items():
-                if p.compensated is not None:
-                    self._memory.update(name, p.compensated, p.message)
-        return Reduced({n: _sum([q.messages[i] for q in packets], pending[n]) for i, n in enumerate(names)}, overflow)
+        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
+        failure, self._pending, self._failure = self._failure, {}, None
+        try:
+            packets = self._swap_packets(pending, failure, step)
+            overflow = _overflow(packets, list(pending))
+        except BaseException:
+            self._rollback(pending)
+            raise
+        if overflow:
+            self._rollback(pending)
+        else:
+            self._commit(pending)
+        sums = {}
+        for place, (name, p) in enumerate(pending.items()):
+            total = _sum([packet.messages[place] for packet in packets], p)
+            sums[name] = self._receive(name, total) if p.remembered and not overflow else total
+        return Reduced(sums, overflow)
 
     def state_dict(self) -> dict[str, Any]:
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
@@ -229,9 +218,9 @@ class Reducer:
         for name, memory in state["memory"].items():
             if name not in self._shapes:
                 raise ValueError(f"the state has a memory for {name!r}, which is not a parameter here")
-            if memory.numel() != self._shapes[name].numel():
+            if memory.shape[-1] != self._shapes[name].numel():
                 raise ValueError(
-                    f"the state's memory of {name!r} has {memory.numel()} elements, the parameter has "
+                    f"the state's memory of {name!r} has {memory.shape[-1]} elements, the parameter has "
                     f"{self._shapes[name].numel()}"
                 )
         saved_as = None if state["rank"] is None else (state["rank"], state["size"])
@@ -244,6 +233,18 @@ class Reducer:
         self._schedule.load_state_dict(state["schedule"])
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
+
+    def reset_memory(self) -> None:
+        """Forget what the memory holds. Do it on all ranks, between exchanges."""
+        self._memory.reset()
+
+    def residual(self, name: str) -> Tensor | None:
+        """What this rank's memory has still to send of a tensor, flat; None for nothing.
+
+        Raises:
+            TypeError: the memory is of another kind.
+        """
+        return self._memory.residual(name)
 
     def _statement(self, *expects: str) -> str:
         shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
@@ -262,23 +263,78 @@ class Reducer:
 
     def _compress(self, name: str, tensor: Tensor) -> _Pending:
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
-        if len(flat) < self._dense_below:
-            return _Pending(Message.dense(flat.clone()), None)
+        is_small = len(flat) < self._dense_below
+        if is_small and not self._memory.covers_small:
+            return _Pending(Message.dense(flat.clone()), remembered=False)
         compensated = self._memory.compensate(name, flat)
+        try:
+            return _Pending(self._encode(name, compensated, is_small), remembered=True)
+        except Exception:
+            self._memory.rollback(name)
+            raise
+
+    def _encode(self, name: str, compensated: Tensor, is_small: bool) -> Message:
+        if is_small:
+            return Message.dense(compensated.clone())
         if self._schedule.needs_energy:
             self._energies[name] = compensated.square().sum()
         operator = self._schedule.operator(name)
-        message = operator.encode(compensated, generator=self._generator(name, operator, flat.device))
-        if message.numel != len(flat):
-            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(flat)}")
-        return _Pending(message, compensated)
+        generator = self._generator(name, _ALIKE if operator.shared_draws else self.rank, compensated.device)
+        message = operator.encode(compensated, generator=generator)
+        if message.numel != len(compensated):
+            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(compensated)}")
+        return message
 
-    def _generator(self, name: str, operator: Operator, device: torch.device) -> torch.Generator:
-        assert self._exchange is not None, "open() comes first"
-        rank = -1 if operator.shared_draws else self._exchange.rank
-        key = struct.pack("<qqqq", self._seed, rank, self._round, self._ids[name])
+    def _receive(self, name: str, total: Tensor) -> Tensor:
+        return self._memory.receive(name, total, self.size, lambda: self._generator(name, _AFTER, total.device))
+
+    def _commit(self, pending: Mapping[str, _Pending]) -> None:
+        for name, p in pending.items():
+            if p.remembered:
+                self._memory.commit(name, p.message)
+
+    def _rollback(self, pending: Mapping[str, _Pending]) -> None:
+        for name, p in pending.items():
+            if p.remembered:
+                self._memory.rollback(name)
+
+    def _generator(self, name: str, who: int, device: torch.device) -> torch.Generator:
+        key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def _swap_packets(
+        self, pending: Mapping[str, _Pending], failure: Exception | None, step: int
+    ) -> list[wire.Packet]:
+        """Send this rank's messages, or why there are none, and receive everyone's."""
+        assert self._exchange is not None, "open() comes first"
+        energy = _total(list(self._energies.values()))
+        self._energies = {}
+        sent_before = self._exchange.sent
+        shares: list[int] = []
+        if failure is None:
+            try:
+                ids = [self._ids[name] for name in pending]
+                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=step, energy=energy)
+                buffer, shares = encoded.data, encoded.shares
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=step)
+        received = self._exchange.allgatherv(buffer)
+
+        for name, share in zip(pending, shares, strict=failure is None):
+            self._ledger.tensors[name].mpi += share
+        self._ledger.shared.mpi += self._exchange.sent - sent_before - sum(shares)
+        self._ledger.exchanges += 1
+        if failure is not None:
+            raise failure
+        device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
+        packets = self._open_packets(received, list(pending), step, device)
+        self._round += 1
+        # In rank order, as the sums: all ranks must come to the same conclusion.
+        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets))
+        return packets
 
     def _open_packets(
         self, received: Sequence[Any], names: list[str], step: int, device: torch.device

@@ -21,7 +21,7 @@ def test_what_was_put_in_is_what_was_sent_and_what_is_left() -> None:
         compensated = memory.compensate("w", x)
         message = operator.encode(compensated)
         message.add_to(sent)
-        memory.update("w", compensated, message)
+        memory.commit("w", message)
         put_in += x
         assert torch.equal(put_in, sent + memory.state_dict()["w"])
 
@@ -34,7 +34,7 @@ def test_error_feedback_by_hand() -> None:
         compensated = memory.compensate("w", torch.tensor(x))
         message = operator.encode(compensated)
         assert message.decode().tolist() == sent
-        memory.update("w", compensated, message)
+        memory.commit("w", message)
         assert memory.state_dict()["w"].tolist() == left
 
 
@@ -45,7 +45,7 @@ def test_decay_by_hand() -> None:
         compensated = memory.compensate("w", torch.tensor(x, dtype=torch.float32))
         message = operator.encode(compensated)
         assert message.decode().tolist() == sent
-        memory.update("w", compensated, message)
+        memory.commit("w", message)
         assert memory.state_dict()["w"].tolist() == left
     for decay in (0.0, 1.5):
         with pytest.raises(ValueError, match="decay"):
@@ -56,7 +56,7 @@ def test_nothing_changes_without_update() -> None:
     memory, operator = Residual(), TopK(k=1)
     x = torch.tensor([3.0, 2.0])
     compensated = memory.compensate("w", x)
-    memory.update("w", compensated, operator.encode(compensated))
+    memory.commit("w", operator.encode(compensated))
     before = memory.state_dict()["w"].clone()
     failed = memory.compensate("w", torch.tensor([torch.nan, 1.0]))
     operator.encode(failed)
@@ -68,7 +68,7 @@ def test_parameters_do_not_mix() -> None:
     memory, operator = Residual(), TopK(k=1)
     for name, x in (("a", [1.0, 2.0]), ("b", [4.0, 3.0])):
         compensated = memory.compensate(name, torch.tensor(x))
-        memory.update(name, compensated, operator.encode(compensated))
+        memory.commit(name, operator.encode(compensated))
     assert {n: m.tolist() for n, m in memory.state_dict().items()} == {"a": [1.0, 0.0], "b": [0.0, 3.0]}
 
 
@@ -83,7 +83,7 @@ def test_loading_copies() -> None:
 def test_no_memory_forgets_and_refuses_to_lose_one() -> None:
     memory, operator = NoMemory(), TopK(k=1)
     compensated = memory.compensate("w", torch.tensor([3.0, 2.0]))
-    memory.update("w", compensated, operator.encode(compensated))
+    memory.commit("w", operator.encode(compensated))
     assert memory.compensate("w", torch.tensor([1.0, 1.0])).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="residual"):
         memory.load_state_dict({"w": torch.ones(2)})

@@ -1,6 +1,8 @@
-"""What a rank keeps of what it did not send. Knows nothing of ranks, bytes or optimizers."""
+"""What a rank keeps from one exchange to the next. Knows nothing of ranks, bytes or optimizers."""
 
 from .base import Memory, Sent
+from .dgc import DGC
+from .ef21 import EF21, TwoSided
 from .residual import NoMemory, Residual
 
-__all__ = ["Memory", "NoMemory", "Residual", "Sent"]
+__all__ = ["DGC", "EF21", "Memory", "NoMemory", "Residual", "Sent", "TwoSided"]

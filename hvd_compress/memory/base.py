@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -15,35 +16,92 @@ class Sent(Protocol):
     def add_to(self, flat: Tensor, *, alpha: float = 1) -> None:
         """``flat += alpha * (what the receivers see)``."""
 
+    def clear_in(self, flat: Tensor) -> None:
+        """Set the elements of ``flat`` that were sent to zero, unless all were sent."""
+
 
 class Memory(ABC):
     """What a rank remembers about each parameter from one exchange to the next.
 
-    For each exchange and tensor :meth:`compensate` is called once, and once the exchange has succeeded,
-    :meth:`update`. Without the second call the memory is as it was: a failed exchange loses nothing.
-    The ``repr`` tells the settings, which ranks compare.
+    For each exchange and tensor :meth:`compensate` is called, then either :meth:`commit`, once the messages of all
+    ranks have arrived and are finite, or :meth:`rollback`, after which the memory is bit for bit as it was. What the
+    optimizer gets in the end goes through :meth:`receive`. The ``repr`` tells the settings, which ranks compare.
     """
+
+    covers_small: ClassVar[bool] = False
+    """Whether tensors that are too small to be compressed need this memory too: they are then exchanged with the
+    others rather than left to Horovod."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
     @abstractmethod
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """What is to be compressed in place of ``tensor``: a flat tensor of its own storage.
+        """What is to be compressed in place of ``tensor``: a flat tensor which only this memory changes.
 
         Args:
             name: the parameter's.
-            tensor: float32 or float64 ``[d]``; is left as it is.
+            tensor: float32 or float64 ``[d]``. It is given up: the memory may write to it until it is told of the
+                outcome.
         """
 
     @abstractmethod
-    def update(self, name: str, compensated: Tensor, sent: Sent) -> None:
-        """Remember the outcome. Takes over the storage of ``compensated``, which :meth:`compensate` returned."""
+    def commit(self, name: str, sent: Sent) -> None:
+        """The exchange has succeeded: remember the outcome for what :meth:`compensate` returned last."""
+
+    @abstractmethod
+    def rollback(self, name: str) -> None:
+        """The exchange has failed, on whatever rank: forget what :meth:`compensate` was given last."""
+
+    def receive(self, name: str, total: Tensor, world_size: int, draws: Callable[[], torch.Generator]) -> Tensor:
+        """What the optimizer gets, after :meth:`commit`: here ``total`` itself.
+
+        The result must be the same on all ranks, so it depends on what was received only.
+
+        Args:
+            name: the parameter's.
+            total: flat sum of all ranks' messages; given up.
+            world_size: number of ranks that were summed over.
+            draws: a generator that is the same on all ranks.
+
+        Returns:
+            A flat tensor in the units of ``total``, that is ``world_size`` times the average, of its own storage.
+        """
+        return total
+
+    def residual(self, name: str) -> Tensor | None:
+        """What is still to be sent, ``[d]`` in the units of the tensors; None for nothing.
+
+        Raises:
+            TypeError: this memory does not keep what was not sent.
+        """
+        raise TypeError(f"{self!r} keeps no residual; memory='residual' does")
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget everything."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """The memory of each parameter by name. The tensors are the memory's own: copy or save, do not change."""
+        """The memory of each parameter by name, ``[d]``, or ``[n, d]`` for n vectors of a parameter's size.
+
+        The tensors may be the memory's own, though no later exchange changes them: copy or save, do not write.
+        """
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the memory by copies of what :meth:`state_dict` returned."""
+        """Replace the memory by copies of what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: the state is another kind of memory's; nothing has changed then.
+        """
+
+    def _check(self, state: Mapping[str, Tensor], vectors: int) -> None:
+        """Raise ValueError unless ``state`` has so many vectors for each parameter."""
+        for name, memory in state.items():
+            found = 1 if memory.dim() == 1 else len(memory)
+            if found != vectors or memory.dim() > 2:
+                raise ValueError(
+                    f"{self!r} keeps {vectors} vector(s) for a parameter, the state has {found} for {name!r}: it was "
+                    "saved with another memory=…"
+                )

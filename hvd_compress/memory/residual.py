@@ -31,26 +31,46 @@ class Residual(Memory):
         self._decay = decay
         # State
         self._residuals: dict[str, Tensor] = {}  # name → [d], in the tensor's working dtype, on its device
-
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """decay · m + x. A parameter is seen for the first time with m = 0."""
-        residual = self._residuals.get(name)
-        return tensor.clone() if residual is None else tensor.add(residual.to(tensor.device), alpha=self._decay)
-
-    def update(self, name: str, compensated: Tensor, sent: Sent) -> None:
-        """m ← p − C(p), in place of p."""
-        sent.add_to(compensated, alpha=-1)
-        self._residuals[name] = compensated
+        self._compensated: dict[str, Tensor] = {}  # that wait for their exchange's outcome
 
     def __repr__(self) -> str:
         return f"Residual(decay={self._decay})"
 
+    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+        """decay · m + x. A parameter is seen for the first time with m = 0."""
+        residual = self._residuals.get(name)
+        if residual is None:
+            compensated = tensor.clone()
+        else:
+            compensated = tensor.add(residual.to(tensor.device), alpha=self._decay)
+        self._compensated[name] = compensated
+        return compensated
+
+    def commit(self, name: str, sent: Sent) -> None:
+        """m ← p − C(p), in place of p."""
+        compensated = self._compensated.pop(name)
+        sent.add_to(compensated, alpha=-1)
+        self._residuals[name] = compensated
+
+    def rollback(self, name: str) -> None:
+        """See :meth:`Memory.rollback`."""
+        self._compensated.pop(name, None)
+
+    def residual(self, name: str) -> Tensor | None:
+        """m."""
+        return self._residuals.get(name)
+
+    def reset(self) -> None:
+        """m ← 0."""
+        self._residuals.clear()
+
     def state_dict(self) -> dict[str, Tensor]:
-        """See :meth:`Memory.state_dict`."""
+        """m, ``[d]``."""
         return dict(self._residuals)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Memory.load_state_dict`."""
+        self._check(state, 1)
         self._residuals = {name: residual.clone() for name, residual in state.items()}
 
 
@@ -58,11 +78,21 @@ class NoMemory(Memory):
     """What was not sent is forgotten."""
 
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """The tensor itself, copied."""
-        return tensor.clone()
+        """The tensor itself."""
+        return tensor
 
-    def update(self, name: str, compensated: Tensor, sent: Sent) -> None:
+    def commit(self, name: str, sent: Sent) -> None:
         """Nothing to remember."""
+
+    def rollback(self, name: str) -> None:
+        """Nothing to forget."""
+
+    def residual(self, name: str) -> Tensor | None:
+        """None."""
+        return None
+
+    def reset(self) -> None:
+        """Nothing to forget."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Always empty."""

@@ -99,6 +99,11 @@ class Message:
         else:
             flat.index_add_(0, self.indices, values, alpha=alpha)
 
+    def clear_in(self, flat: Tensor) -> None:
+        """Set the elements of ``flat`` that are sent to zero, unless all are."""
+        if self.indices is not None:
+            flat.index_fill_(0, self.indices, 0)
+
     def decode(self) -> Tensor:
         """The tensor a receiver sees: C(x), of :attr:`shape` and :attr:`dtype`, on the message's device."""
         flat = torch.zeros(self.numel, dtype=self.dtype, device=self.device)
