@@ -1,6 +1,8 @@
 """Compressed communication for Horovod: sparse messages that really travel sparse, and local SGD."""
 
+from .cd_adam import CDAdam
 from .compression import Compression
+from .dqgan import DQGAN
 from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
 from .gradient import GradientCompressor
 from .ledger import Ledger, Traffic
@@ -9,6 +11,8 @@ from .local_sgd import QsparseLocalSGD, post_local, sync_at
 __version__ = "0.1.0"
 
 __all__ = [
+    "DQGAN",
+    "CDAdam",
     "Compression",
     "GradientCompressor",
     "Ledger",

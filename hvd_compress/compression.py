@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import horovod.torch as hvd
@@ -11,15 +12,31 @@ import torch
 from horovod.torch.compression import Compressor
 
 from .gradient import GradientCompressor
-from .memory import Memory, NoMemory, Residual
-from .operators import QSGD, TNQSGD, Operator, RandK, Sign, TernGrad, TopK, compose
+from .memory import DGC, EF21, Memory, NoMemory, Residual, TwoSided
+from .operators import (
+    QSGD,
+    TBQSGD,
+    TNQSGD,
+    TQSGD,
+    MinMax,
+    OneBit,
+    Operator,
+    RandK,
+    RandomBlock,
+    Rotated,
+    Sign,
+    TernGrad,
+    Threshold,
+    TopK,
+    compose,
+)
 from .schedules import Accordion, AdaptiveTopK, Plan
 from .settings import Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
-MEMORIES: dict[str, Callable[[], Memory]] = {"none": NoMemory, "residual": Residual}
+MEMORIES: dict[str, Callable[[], Memory]] = {"none": NoMemory, "residual": Residual, "dgc": DGC, "ef21": EF21}
 """What ``memory=`` may be called."""
 
 
@@ -178,6 +195,146 @@ class Compression(hvd.Compression):
         return Compression.of(TernGrad(clip=clip), **{"memory": "none", **options})
 
     @staticmethod
+    def tnqsgd(
+        *, bits: int = 4, model: Literal["laplace", "power"] = "laplace", **options: Any
+    ) -> GradientCompressor:
+        """All elements in few bits, cut and with levels placed where gradients are, without memory.
+
+        Args:
+            bits: of each element.
+            model: of the gradients; see :class:`hvd_compress.operators.TNQSGD`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(TNQSGD(bits=bits, model=model), **{"memory": "none", **options})
+
+    @staticmethod
+    def tqsgd(*, bits: int = 4, model: Literal["laplace", "power"] = "laplace", **options: Any) -> GradientCompressor:
+        """As :meth:`tnqsgd`, with evenly spaced levels; see :class:`hvd_compress.operators.TQSGD`."""
+        return Compression.of(TQSGD(bits=bits, model=model), **{"memory": "none", **options})
+
+    @staticmethod
+    def tbqsgd(
+        *, bits: int = 4, model: Literal["laplace", "power"] = "laplace", **options: Any
+    ) -> GradientCompressor:
+        """As :meth:`tnqsgd`, with two step widths; see :class:`hvd_compress.operators.TBQSGD`."""
+        return Compression.of(TBQSGD(bits=bits, model=model), **{"memory": "none", **options})
+
+    @staticmethod
+    def minmax(*, bits: int = 4, **options: Any) -> GradientCompressor:
+        """All elements on an even grid from the smallest to the largest, without memory.
+
+        Args:
+            bits: of each element.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(MinMax(bits=bits), **{"memory": "none", **options})
+
+    @staticmethod
+    def rotated(*, bits: int = 4, **options: Any) -> GradientCompressor:
+        """As :meth:`minmax` after a random rotation, which evens out the elements' sizes."""
+        return Compression.of(Rotated(bits=bits), **{"memory": "none", **options})
+
+    @staticmethod
+    def onebit(**options: Any) -> GradientCompressor:
+        """One bit for each element of the rotated tensor, with noise that makes it unbiased: FO-SGD's way there.
+
+        Its variance is tens of times the signal: it needs many ranks, or a small learning rate.
+
+        Args:
+            options: see :meth:`of`.
+        """
+        return Compression.of(OneBit(), **{"memory": "none", **options})
+
+    @staticmethod
+    def random_block(*, ratio: float | None = None, k: int | None = None, **options: Any) -> GradientCompressor:
+        """Consecutive elements from a random one on, the same on all ranks, with error feedback.
+
+        Args:
+            ratio: part of each tensor that is sent; or
+            k: elements of each tensor that are sent.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(RandomBlock(k=k, ratio=ratio), **options)
+
+    @staticmethod
+    def threshold(threshold: float, **options: Any) -> GradientCompressor:
+        """All elements of at least this magnitude, with error feedback.
+
+        Args:
+            threshold: in the units of the gradients; of the parameters under local SGD.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError: it is not positive.
+        """
+        return Compression.of(Threshold(threshold), **options)
+
+    @staticmethod
+    def dgc(
+        *,
+        ratio: float = 0.001,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        masking: bool = True,
+        clip: float | None = None,
+        **options: Any,
+    ) -> GradientCompressor:
+        """Deep Gradient Compression: top-k of what each rank's own momentum has accumulated.
+
+        Give the optimizer no momentum. Small tensors get theirs here too.
+
+        Args:
+            ratio: part of each tensor that is sent; the paper's is 0.001.
+            momentum: see :class:`hvd_compress.memory.DGC`, as for the next three.
+            nesterov: look ahead by one gradient.
+            masking: momentum factor masking.
+            clip: largest l2 norm of one tensor's gradient on one rank.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        memory = partial(DGC, momentum, nesterov=nesterov, masking=masking, clip=clip)
+        return Compression.of(TopK(ratio=ratio), **{"memory": memory, **options})
+
+    @staticmethod
+    def ef21(
+        *, ratio: float | None = None, k: int | None = None, momentum: float = 0.0, **options: Any
+    ) -> GradientCompressor:
+        """Top-k of by how much each rank's estimate of its gradient is wrong: EF21, or EF21-SGDM.
+
+        Args:
+            ratio: part of each tensor that is sent; or
+            k: elements of each tensor that are sent.
+            momentum: see :class:`hvd_compress.memory.EF21`; with minibatches, 0.9 or so.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        return Compression.of(TopK(k=k, ratio=ratio), **{"memory": partial(EF21, momentum), **options})
+
+    @staticmethod
+    def cd_adam(*, operator: Operator | None = None, **options: Any) -> GradientCompressor:
+        """CD-Adam's compression on the way there and back, for :class:`hvd_compress.CDAdam`.
+
+        Args:
+            operator: a contraction; one bit for each element, as in the paper, if None.
+            options: see :meth:`of`.
+        """
+        operator = Sign() if operator is None else operator
+        return Compression.of(operator, **{"memory": partial(TwoSided, operator), **options})
+
+    @staticmethod
     def of(
         operator: Operator | Plan,
         *,
@@ -197,7 +354,8 @@ class Compression(hvd.Compression):
             named_parameters: ``model.named_parameters()``. Needed for ``hvd.DistributedOptimizer``, which does not
                 tell a compressor whose gradient it hands over; not needed for ``QsparseLocalSGD``.
             memory: what happens to that which was not sent: ``"residual"`` adds it to the next tensor (error
-                feedback), ``"none"`` forgets it; or a function that makes a :class:`hvd_compress.memory.Memory`.
+                feedback), ``"none"`` forgets it, ``"dgc"`` and ``"ef21"`` are those of :mod:`hvd_compress.memory`
+                with their usual settings; or a function that makes a memory.
             dense_below: tensors with fewer elements are not compressed. Biases and normalisation layers are a
                 thousandth of a model's bytes and sensitive; 0 compresses everything.
             process_set: the one that the optimizer was given, if it was given one.
@@ -239,26 +397,13 @@ class Compression(hvd.Compression):
             raise ValueError(_unknown("compressor", name, [*_PLAIN, *COMPRESSORS]))
         return COMPRESSORS[name](**settings)
 
-    @staticmethod
-    def tnqsgd(
-        *, bits: int = 4, model: Literal["laplace", "power"] = "laplace", **options: Any
-    ) -> GradientCompressor:
-        """All elements in few bits, cut and with levels placed where gradients are, without memory.
-
-        Args:
-            bits: of each element.
-            model: of the gradients; see :class:`hvd_compress.operators.TNQSGD`, and its siblings for :meth:`of`.
-            options: see :meth:`of`.
-
-        Raises:
-            ValueError, TypeError: a setting out of its range.
-        """
-        return Compression.of(TNQSGD(bits=bits, model=model), **{"memory": "none", **options})
-
 
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
-_NAMES = ("topk", "adaptive_topk", "accordion", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
-COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {name: getattr(Compression, name) for name in _NAMES}
+COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {
+    name: getattr(Compression, name)
+    for name, made in vars(Compression).items()
+    if isinstance(made, staticmethod) and name not in ("of", "by_name")
+}
 """What takes settings, by name."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
@@ -11,13 +12,18 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
-from .errors import NonFiniteError, RankMismatchError
+from .averages import averager
+from .errors import NonFiniteError
 from .gradient import GradientCompressor
 from .ledger import Ledger
-from .membership import check_named_parameters, members
-from .reducer import Reducer
+from .membership import check_named_parameters
 
 _STATE_KEY = "qsparse_local_sgd"
+
+
+def subtract(anchors: list[Tensor]) -> torch.optim.Optimizer:
+    """The outer optimizer of the paper: the average is subtracted as it is."""
+    return torch.optim.SGD(anchors, lr=1.0)
 
 
 class QsparseLocalSGD(torch.optim.Optimizer):
@@ -43,6 +49,16 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         sync_every: H, the number of steps from one exchange to the next. 4 and 8 are the paper's; 1 exchanges after
             each step. Or a function that is told how many steps were taken and says whether to exchange now: see
             :func:`post_local` and :func:`sync_at`. After the last step call :meth:`synchronize`.
+        outer: makes the optimizer of x_sync, to which the average is the gradient; called with copies of the
+            parameters. DiLoCo (arXiv 2311.08105) and SparseLoCo take
+            ``lambda x: torch.optim.SGD(x, lr=0.7, momentum=0.9, nesterov=True)``. It is :attr:`outer`.
+        look_ahead: λ of DEF (arXiv 2004.05298), "detach coefficient": local steps start at x_sync − λ m instead of
+            x_sync, nearer to where the model will be once the memory has been sent. 0.3 is that paper's, 1 is
+            step-ahead error feedback (SAEF). Evaluate and save within :meth:`evaluation`, then. With
+            ``sync_every=1`` around SGD this is DEF.
+        forget_at_drop: wipe the memory at an exchange where the learning rate is at most this part of what it was at
+            the last one. The paper's algorithm never does; its authors' code does, so 0.5 would follow it. None for
+            never.
         process_set: Horovod's; None for all ranks.
 
     Raises:
@@ -56,6 +72,9 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         compression: type[Compressor] | GradientCompressor = hvd.Compression.none,
         sync_every: int | Callable[[int], bool] = 1,
+        outer: Callable[[list[Tensor]], torch.optim.Optimizer] = subtract,
+        look_ahead: float = 0.0,
+        forget_at_drop: float | None = None,
         process_set: hvd.ProcessSet | None = None,
     ) -> None:
         # The base class's own __init__ would build param_groups anew: they are the wrapped optimizer's.
@@ -63,15 +82,26 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
         if not callable(sync_every):
             _check_period(sync_every)
+        if not 0 <= look_ahead <= 1:
+            raise ValueError(f"look_ahead must be in [0, 1], got {look_ahead!r}")
+        if forget_at_drop is not None and not 0 < forget_at_drop < 1:
+            raise ValueError(f"forget_at_drop must be between 0 and 1, or None, got {forget_at_drop!r}")
         # Configuration
         self.optimizer = optimizer
         self.sync_every = sync_every
+        self._look_ahead = look_ahead
+        self._forget_at_drop = forget_at_drop
         self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
-        self._average = _averager(compression, process_set, self._parameters)
+        self._average = averager(compression, process_set, self._parameters)
+        if look_ahead and compression not in (hvd.Compression.none, hvd.Compression.fp16):
+            self._average.residual("")  # complains of a memory that is no residual
         # State
-        self._anchors: dict[str, Tensor] | None = None  # x_sync; taken at the first step, when x_0 is final
+        self._anchors = {name: p.detach().clone() for name, p in self._parameters.items()}  # x_sync
+        self._starts = dict(self._anchors)  # where the local steps began: the same tensors, unless looked ahead
+        self.outer = outer(list(self._anchors.values()))
         self._local_steps = 0  # since the last exchange
         self._steps = 0  # in all
+        self._lr: float | None = None  # largest of the groups', at the last exchange
 
     @property
     def ledger(self) -> Ledger:
@@ -94,7 +124,8 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         return self.optimizer.defaults
 
     def __repr__(self) -> str:
-        return f"QsparseLocalSGD({self._average!r}, sync_every={self.sync_every}, optimizer={self.optimizer!r})"
+        name = type(self).__name__
+        return f"{name}({self._average!r}, sync_every={self.sync_every}, optimizer={self.optimizer!r})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: the other ranks would not know.
@@ -102,7 +133,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError("make a new QsparseLocalSGD after changing the model, on all ranks")
+        raise NotImplementedError(f"make a new {type(self).__name__} after changing the model, on all ranks")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The wrapped optimizer's."""
@@ -116,8 +147,8 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         Raises:
             NonFiniteError, PeerError, RankMismatchError, WireError: see :meth:`synchronize`.
         """
-        if self._anchors is None:
-            self._anchors = {name: p.detach().clone() for name, p in self._parameters.items()}
+        if self._steps == 0:
+            self._begin()
         loss = self._local_step(closure)
         self._local_steps += 1
         self._steps += 1
@@ -150,28 +181,53 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         the same model everywhere; each call in mid-round is an additional exchange.
 
         Raises:
-            NonFiniteError: a rank's parameters moved to inf or NaN. Every rank raises; parameters are back at the
-                last synchronised ones and the memories are as they were.
+            NonFiniteError: a rank's parameters moved to inf or NaN. Every rank raises; parameters are back where
+                the round began and the memories are as they were.
             PeerError, RankMismatchError, WireError: the exchange failed, on every rank.
         """
-        if self._anchors is None or self._local_steps == 0:
+        if self._local_steps == 0:
             return
-        moved = {name: anchor - self._parameters[name].detach() for name, anchor in self._anchors.items()}
+        self._forget_if_due()
+        if not self._average.is_open:
+            self._average.open(self._statement())
+        moved = {name: start - self._parameters[name].detach() for name, start in self._starts.items()}
         try:
-            averages = self._average(moved, self._anchors, self._steps)
+            averages = self._average(moved, self._steps)
         except NonFiniteError:
-            for name, p in self._parameters.items():
-                p.copy_(self._anchors[name])
+            self._set_parameters(self._starts)
             self._local_steps = 0
             raise
-        # New tensors, so that a state that was taken earlier stays as it was.
-        self._anchors = {name: anchor - averages[name] for name, anchor in self._anchors.items()}
-        for name, p in self._parameters.items():
-            p.copy_(self._anchors[name])
+        leads = {name: self._lead(name) for name in self._anchors}
+        for name, anchor in self._anchors.items():
+            anchor.grad = averages[name]
+        self.outer.step()
+        self.outer.zero_grad(set_to_none=True)
+        for name, anchor in self._anchors.items():
+            lead = leads[name]
+            self._starts[name] = anchor if lead is None else anchor - lead.to(anchor)
+        self._set_parameters(self._starts)
         self._local_steps = 0
 
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A context in which the parameters are x_sync, the model that all ranks agree on; then all is as before.
+
+        Without look-ahead, x_sync is what the parameters are after :meth:`synchronize` anyway.
+        """
+        local = {name: p.detach().clone() for name, p in self._parameters.items()}
+        if self._steps:
+            self._set_parameters(self._anchors)
+        try:
+            yield
+        finally:
+            self._set_parameters(local)
+
+    def reset_memory(self) -> None:
+        """Forget what was not sent so far. Do it on all ranks."""
+        self._average.reset_memory()
+
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state, and under one more key the memory, the anchors and the counters.
+        """The wrapped optimizer's state, and under one more key the memory, x_sync and the counters.
 
         Each rank saves its own: memories and, between exchanges, parameters differ.
         """
@@ -179,7 +235,10 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             "sync_every": None if callable(self.sync_every) else self.sync_every,
             "local_steps": self._local_steps,
             "steps": self._steps,
-            "anchors": self._anchors,
+            "lr": self._lr,
+            "anchors": {name: anchor.clone() for name, anchor in self._anchors.items()} if self._steps else None,
+            "starts": {name: start for name, start in self._starts.items() if start is not self._anchors[name]},
+            "outer": self.outer.state_dict(),
             "average": self._average.state_dict(),
         }
         return {**self.optimizer.state_dict(), _STATE_KEY: own}
@@ -199,123 +258,53 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         own = state.pop(_STATE_KEY)
         if not callable(self.sync_every) and own["sync_every"] not in (None, self.sync_every):
             raise ValueError(f"the state was saved with sync_every={own['sync_every']}, this is {self.sync_every}")
-        anchors = own["anchors"]
-        if anchors is not None:
-            wrong = {
-                name for name, p in self._parameters.items() if name in anchors and p.shape != anchors[name].shape
-            }
-            wrong |= anchors.keys() ^ self._parameters.keys()
+        saved = own["anchors"]
+        if saved is not None:
+            wrong = {n for n, anchor in self._anchors.items() if n in saved and anchor.shape != saved[n].shape}
+            wrong |= saved.keys() ^ self._anchors.keys()
             if wrong:
                 raise ValueError(f"the state is of another model; these do not match: {', '.join(sorted(wrong))}")
-            anchors = {name: anchors[name].to(p.device, copy=True) for name, p in self._parameters.items()}
         self._average.load_state_dict(own["average"])
         self.optimizer.load_state_dict(state)
-        self._anchors, self._local_steps, self._steps = anchors, own["local_steps"], own["steps"]
+        self.outer.load_state_dict(own["outer"])
+        for name, anchor in self._anchors.items() if saved is not None else ():
+            anchor.copy_(saved[name])
+        starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}
+        self._starts = {**self._anchors, **starts}
+        self._local_steps, self._steps, self._lr = own["local_steps"], own["steps"], own["lr"]
 
+    def _begin(self) -> None:
+        """Take x_0, which is final only now."""
+        for name, p in self._parameters.items():
+            self._anchors[name].copy_(p.detach())
 
-class _CompressedAverage:
-    """The average over ranks by compressed messages with error memory."""
+    def _lead(self, name: str) -> Tensor | None:
+        """By how much the next local steps of a parameter start ahead of x_sync; None for nothing.
 
-    def __init__(
-        self,
-        compression: GradientCompressor,
-        process_set: hvd.ProcessSet | None,
-        parameters: Mapping[str, torch.nn.Parameter],
-    ) -> None:
-        settings = compression.settings
-        if process_set is not None and settings.process_set not in (None, process_set):
-            raise ValueError("compression and QsparseLocalSGD were given different process sets")
-        self.ledger = Ledger()
-        self._settings = settings
-        self._process_set = process_set or settings.process_set
-        self._reducer = Reducer(
-            {name: p.shape for name, p in parameters.items()},
-            operator=settings.operator,
-            memory=settings.memory(),
-            dense_below=settings.dense_below,
-            seed=settings.seed,
-            ledger=self.ledger,
+        It is asked after the exchange, while the parameters are still where the last local steps have led.
+        """
+        residual = self._average.residual(name) if self._look_ahead else None
+        return None if residual is None else (self._look_ahead * residual).view_as(self._anchors[name])
+
+    @torch.no_grad()
+    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self._parameters.items():
+            p.copy_(values[name])
+
+    def _forget_if_due(self) -> None:
+        lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
+        if self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr:
+            self.reset_memory()
+        self._lr = lr
+
+    def _statement(self) -> str:
+        return "\n".join(
+            [
+                f"{type(self).__name__} with look_ahead={self._look_ahead}, forget_at_drop={self._forget_at_drop}",
+                f"outer optimizer {' '.join(repr(self.outer).split())}",
+                f"start with checksum {_checksum(self._anchors)} (equal after hvd.broadcast_parameters)",
+            ]
         )
-
-    def __repr__(self) -> str:
-        return repr(self._settings.operator)
-
-    def __call__(self, moved: Mapping[str, Tensor], anchors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        if not self._reducer.is_open:
-            communicator, ranks = members(self._process_set, self._settings.communicator)
-            self._reducer.open(communicator, ranks, f"local SGD from {_checksum(anchors)}", self._settings.timeout)
-        for name, tensor in moved.items():
-            self._reducer.add(name, tensor)
-        reduced = self._reducer.reduce(step)
-        if reduced.overflow:
-            where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
-            raise NonFiniteError(
-                f"parameters became inf or NaN: {where}. They are back at the last synchronised values; a smaller "
-                "learning rate, a longer warm-up or gradient clipping may help"
-            )
-        size = self._reducer.size
-        return {n: reduced.sums[n].div_(size).view(t.shape).to(t.dtype) for n, t in moved.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._reducer.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._reducer.load_state_dict(state)
-
-
-class _HorovodAverage:
-    """The average over ranks by Horovod's allreduce: nothing is left out, so there is no memory."""
-
-    def __init__(self, compression: type[Compressor], process_set: hvd.ProcessSet | None) -> None:
-        self.ledger = Ledger()
-        self._compression = compression
-        self._process_set = process_set or hvd.global_process_set
-
-    def __repr__(self) -> str:
-        return f"Compression.{'fp16' if self._compression is hvd.Compression.fp16 else 'none'}"
-
-    def __call__(self, moved: Mapping[str, Tensor], anchors: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        self._check(step)
-        compressed, contexts = zip(*(self._compression.compress(t.contiguous()) for t in moved.values()), strict=True)
-        for name, tensor in zip(moved, compressed, strict=True):
-            self.ledger.tensors[name].horovod += tensor.nbytes
-        self.ledger.exchanges += 1
-        averages = hvd.grouped_allreduce(list(compressed), name="qsparse_local_sgd", process_set=self._process_set)
-        return {
-            name: self._compression.decompress(average, context)
-            for name, average, context in zip(moved, averages, contexts, strict=True)
-        }
-
-    def _check(self, step: int) -> None:
-        """Every rank raises if ranks are at different steps: then their steps have a variance."""
-        moments = torch.tensor([step, step * step], dtype=torch.float64)
-        self.ledger.shared.horovod += moments.nbytes
-        total = hvd.allreduce(moments, name="qsparse_local_sgd.step", op=hvd.Sum, process_set=self._process_set)
-        size = self._process_set.size() or 1
-        if total[0] ** 2 != size * total[1]:
-            raise RankMismatchError(
-                f"ranks exchange at different steps; this rank at step {step}: compare sync_every"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if "memory" in state:
-            raise ValueError("the state was saved with a compressor and its memory: use the same compression=…")
-        self.ledger.load_state_dict(state["ledger"])
-
-
-def _averager(
-    compression: Any,
-    process_set: hvd.ProcessSet | None,
-    parameters: Mapping[str, torch.nn.Parameter],
-) -> _CompressedAverage | _HorovodAverage:
-    if isinstance(compression, GradientCompressor):
-        return _CompressedAverage(compression, process_set, parameters)
-    if compression is hvd.Compression.none or compression is hvd.Compression.fp16:
-        return _HorovodAverage(compression, process_set)
-    raise TypeError(f"compression must be Compression.none, .fp16 or made by Compression.…, got {compression!r}")
 
 
 def post_local(first: int, then: int) -> Callable[[int], bool]:
@@ -361,4 +350,4 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     checksum = 0
     for tensor in tensors.values():
         checksum = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data, checksum)
-    return f"parameters with checksum {checksum:08x} (equal after hvd.broadcast_parameters)"
+    return f"{checksum:08x}"

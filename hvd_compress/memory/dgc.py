@@ -62,11 +62,13 @@ class DGC(Memory):
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
         """v, with this step's velocity."""
         x = tensor if self._clip is None else tensor * _shrink(tensor, self._clip)
-        before = self._velocities.get(name)
-        velocity = x.clone() if before is None else x.add(before.to(x.device), alpha=self._momentum)
+        velocity = self._velocities[name].to(x.device) if name in self._velocities else torch.zeros_like(x)
         if self._nesterov:
-            velocity = self._momentum * (x if before is None else x + before.to(x.device))
-        accumulated = velocity + x if self._nesterov else velocity.clone()
+            velocity = (velocity + x) * self._momentum
+            accumulated = velocity + x
+        else:
+            velocity = velocity * self._momentum + x
+            accumulated = velocity.clone()
         if name in self._accumulated:
             accumulated += self._accumulated[name].to(x.device)
         self._pending[name] = velocity, accumulated

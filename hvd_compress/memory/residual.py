@@ -39,10 +39,7 @@ class Residual(Memory):
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
         """decay · m + x. A parameter is seen for the first time with m = 0."""
         residual = self._residuals.get(name)
-        if residual is None:
-            compensated = tensor.clone()
-        else:
-            compensated = tensor.add(residual.to(tensor.device), alpha=self._decay)
+        compensated = tensor.clone() if residual is None else residual.to(tensor.device) * self._decay + tensor
         self._compensated[name] = compensated
         return compensated
 

@@ -1,0 +1,174 @@
+"""The average over ranks of what parameters have moved by: compressed, or through Horovod's allreduce."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch.compression import Compressor
+from torch import Tensor
+
+from .errors import NonFiniteError, RankMismatchError
+from .gradient import GradientCompressor
+from .ledger import Ledger
+from .membership import members
+from .reducer import Reducer
+
+
+class CompressedAverage:
+    """The average over ranks by compressed messages with error memory."""
+
+    def __init__(
+        self,
+        compression: GradientCompressor,
+        process_set: hvd.ProcessSet | None,
+        parameters: Mapping[str, torch.nn.Parameter],
+    ) -> None:
+        settings = compression.settings
+        if process_set is not None and settings.process_set not in (None, process_set):
+            raise ValueError("compression and QsparseLocalSGD were given different process sets")
+        self.ledger = Ledger()
+        self._settings = settings
+        self._process_set = process_set or settings.process_set
+        self._reducer = Reducer(
+            {name: p.shape for name, p in parameters.items()},
+            operator=settings.operator,
+            memory=settings.memory(),
+            dense_below=settings.dense_below,
+            seed=settings.seed,
+            ledger=self.ledger,
+        )
+
+    def __repr__(self) -> str:
+        return repr(self._settings.operator)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the ranks have met."""
+        return self._reducer.is_open
+
+    def open(self, expects: str) -> None:
+        """Meet the other ranks; see :meth:`hvd_compress.reducer.Reducer.open`."""
+        communicator, ranks = members(self._process_set, self._settings.communicator)
+        self._reducer.open(communicator, ranks, expects, self._settings.timeout)
+
+    def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The mean of ``moved`` over ranks, whose tensors are given up.
+
+        Raises:
+            NonFiniteError: inf or NaN on some rank; every rank raises.
+            PeerError, RankMismatchError, WireError: see :meth:`hvd_compress.reducer.Reducer.reduce`.
+        """
+        for name, tensor in moved.items():
+            self._reducer.add(name, tensor)
+        reduced = self._reducer.reduce(step)
+        if reduced.overflow:
+            where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
+            raise NonFiniteError(
+                f"parameters became inf or NaN: {where}. They are back at the last synchronised values; a smaller "
+                "learning rate, a longer warm-up or gradient clipping may help"
+            )
+        size = self._reducer.size
+        return {n: reduced.sums[n].div_(size).view(t.shape).to(t.dtype) for n, t in moved.items()}
+
+    def residual(self, name: str) -> Tensor | None:
+        """What this rank has still to send, flat; None for nothing."""
+        return self._reducer.residual(name)
+
+    def reset_memory(self) -> None:
+        """Forget it."""
+        self._reducer.reset_memory()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's."""
+        return self._reducer.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        self._reducer.load_state_dict(state)
+
+
+class HorovodAverage:
+    """The average over ranks by Horovod's allreduce: nothing is left out, so there is no memory."""
+
+    def __init__(self, compression: type[Compressor], process_set: hvd.ProcessSet | None) -> None:
+        self.ledger = Ledger()
+        self._compression = compression
+        self._process_set = process_set or hvd.global_process_set
+
+    def __repr__(self) -> str:
+        return f"Compression.{'fp16' if self._compression is hvd.Compression.fp16 else 'none'}"
+
+    is_open = True  # Horovod compares names and shapes by itself
+
+    def open(self, expects: str) -> None:
+        """Nothing to do."""
+
+    def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The mean of ``moved`` over ranks.
+
+        Raises:
+            RankMismatchError: ranks are at different steps; every rank raises.
+        """
+        self._check(step)
+        compressed, contexts = zip(*(self._compression.compress(t.contiguous()) for t in moved.values()), strict=True)
+        for name, tensor in zip(moved, compressed, strict=True):
+            self.ledger.tensors[name].horovod += tensor.nbytes
+        self.ledger.exchanges += 1
+        averages = hvd.grouped_allreduce(list(compressed), name="qsparse_local_sgd", process_set=self._process_set)
+        return {
+            name: self._compression.decompress(average, context)
+            for name, average, context in zip(moved, averages, contexts, strict=True)
+        }
+
+    def _check(self, step: int) -> None:
+        """Every rank raises if ranks are at different steps: then their steps have a variance."""
+        moments = torch.tensor([step, step * step], dtype=torch.float64)
+        self.ledger.shared.horovod += moments.nbytes
+        total = hvd.allreduce(moments, name="qsparse_local_sgd.step", op=hvd.Sum, process_set=self._process_set)
+        size = self._process_set.size() or 1
+        if total[0] ** 2 != size * total[1]:
+            raise RankMismatchError(
+                f"ranks exchange at different steps; this rank at step {step}: compare sync_every"
+            )
+
+    def residual(self, name: str) -> Tensor | None:
+        """None: all is sent."""
+        return None
+
+    def reset_memory(self) -> None:
+        """There is none."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ledger."""
+        return {"ledger": self.ledger.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state has a memory, which would be lost.
+        """
+        if "memory" in state:
+            raise ValueError("the state was saved with a compressor and its memory: use the same compression=…")
+        self.ledger.load_state_dict(state["ledger"])
+
+
+def averager(
+    compression: Any,
+    process_set: hvd.ProcessSet | None,
+    parameters: Mapping[str, torch.nn.Parameter],
+) -> CompressedAverage | HorovodAverage:
+    """What averages with ``compression``.
+
+    Raises:
+        TypeError: it is neither Horovod's own nor made by :class:`hvd_compress.Compression`.
+        ValueError: it was made for another process set.
+    """
+    if isinstance(compression, GradientCompressor):
+        return CompressedAverage(compression, process_set, parameters)
+    if compression is hvd.Compression.none or compression is hvd.Compression.fp16:
+        return HorovodAverage(compression, process_set)
+    raise TypeError(f"compression must be Compression.none, .fp16 or made by Compression.…, got {compression!r}")
