@@ -434,10 +434,6 @@ def overflow_spoils_nothing(name: str) -> None:
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("name", list(COMPRESSORS))
 def test_an_overflow_leaves_every_memory_as_it_was(world: World, name: str) -> None:
-    if name == "cd_adam":
-        pytest.skip(
-            "Adam's own state does not survive an overflow; the memory is TwoSided, as tested in test_memory.py"
-        )
     world.run(overflow_spoils_nothing, name)
 
 
