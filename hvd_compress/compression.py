@@ -12,8 +12,8 @@ from horovod.torch.compression import Compressor
 
 from .gradient import GradientCompressor
 from .memory import Memory, NoMemory, Residual
-from .operators import QSGD, TNQSGD, Operator, RandK, Sign, TernGrad, TopK, compose
-from .schedules import Accordion, AdaptiveTopK, Plan
+from .operators import CAT, QSGD, TNQSGD, Operator, RandK, Sign, TernGrad, TopK, compose
+from .schedules import Accordion, AdaptiveTopK, HardThreshold, Plan
 from .settings import Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -77,6 +77,46 @@ class Compression(hvd.Compression):
             ValueError, TypeError: a setting out of its range.
         """
         return Compression.of(Accordion(high, low, interval=interval), **options)
+
+    @staticmethod
+    def hard_threshold(
+        *,
+        ratio: float,
+        exchanges: int,
+        smallest: float = 0.1,
+        largest: float = 4.0,
+        rate: float = 0.3,
+        **options: Any,
+    ) -> GradientCompressor:
+        """Whatever exceeds one threshold for all tensors, moved so that a total budget lasts, with error feedback.
+
+        Args:
+            ratio: average part of the compressed elements that an exchange sends.
+            exchanges: over which the budget holds, the steps of an epoch say; then a new budget begins.
+            smallest: part of the average that each exchange gets at least.
+            largest: multiple of the average that each exchange gets at most.
+            rate: how fast the threshold follows; see :class:`hvd_compress.schedules.HardThreshold`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        plan = HardThreshold(ratio, exchanges, smallest=smallest, largest=largest, rate=rate)
+        return Compression.of(plan, **options)
+
+    @staticmethod
+    def cat(*, overhead: float = 20_000, packet: int = 12_000, **options: Any) -> GradientCompressor:
+        """Top-k with the k that sends most energy per bit, chosen anew for each tensor, with error feedback.
+
+        Args:
+            overhead: bits that a message costs however short it is: latency times bandwidth.
+            packet: bits that travel together.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: see :class:`hvd_compress.operators.CAT` and :meth:`of`.
+        """
+        return Compression.of(CAT(overhead=overhead, packet=packet), **options)
 
     @staticmethod
     def qtopk(
@@ -257,7 +297,20 @@ class Compression(hvd.Compression):
 
 
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
-_NAMES = ("topk", "adaptive_topk", "accordion", "qtopk", "signtopk", "randk", "qsgd", "sign", "terngrad", "tnqsgd")
+_NAMES = (
+    "topk",
+    "adaptive_topk",
+    "accordion",
+    "hard_threshold",
+    "cat",
+    "qtopk",
+    "signtopk",
+    "randk",
+    "qsgd",
+    "sign",
+    "terngrad",
+    "tnqsgd",
+)
 COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {name: getattr(Compression, name) for name in _NAMES}
 """What takes settings, by name."""
 

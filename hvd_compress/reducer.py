@@ -189,7 +189,7 @@ class Reducer:
         packets = self._open_packets(received, names, step, device)
         self._round += 1
         # In rank order, as the sums: all ranks must come to the same conclusion.
-        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets))
+        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets), _kept(packets, pending))
 
         overflow = _overflow(packets, names)
         if not overflow:
@@ -309,6 +309,12 @@ class Reducer:
 def _total(numbers: list[Tensor]) -> float:
     """One transfer for all: on a GPU each read of a number waits for the device."""
     return float(torch.stack([n.double().to(numbers[0].device) for n in numbers]).sum()) if numbers else 0.0
+
+
+def _kept(packets: list[wire.Packet], pending: Mapping[str, _Pending]) -> int:
+    """How many elements of compressed tensors the rank has sent that sent most."""
+    compressed = [i for i, p in enumerate(pending.values()) if p.compensated is not None]
+    return max(sum(len(packet.messages[i].values) for i in compressed) for packet in packets)
 
 
 def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, str]]:
