@@ -14,6 +14,7 @@ from horovod.torch.compression import Compressor
 from .gradient import GradientCompressor
 from .memory import DGC, EF21, Memory, NoMemory, Residual, TwoSided
 from .operators import (
+    CAT,
     QSGD,
     TBQSGD,
     TNQSGD,
@@ -30,7 +31,7 @@ from .operators import (
     TopK,
     compose,
 )
-from .schedules import Accordion, AdaptiveTopK, Plan
+from .schedules import Accordion, AdaptiveTopK, HardThreshold, Plan, WarmUp
 from .settings import Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -94,6 +95,46 @@ class Compression(hvd.Compression):
             ValueError, TypeError: a setting out of its range.
         """
         return Compression.of(Accordion(high, low, interval=interval), **options)
+
+    @staticmethod
+    def hard_threshold(
+        *,
+        ratio: float,
+        exchanges: int,
+        smallest: float = 0.1,
+        largest: float = 4.0,
+        rate: float = 0.3,
+        **options: Any,
+    ) -> GradientCompressor:
+        """Whatever exceeds one threshold for all tensors, moved so that a total budget lasts, with error feedback.
+
+        Args:
+            ratio: average part of the compressed elements that an exchange sends.
+            exchanges: over which the budget holds, the steps of an epoch say; then a new budget begins.
+            smallest: part of the average that each exchange gets at least.
+            largest: multiple of the average that each exchange gets at most.
+            rate: how fast the threshold follows; see :class:`hvd_compress.schedules.HardThreshold`.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: a setting out of its range.
+        """
+        plan = HardThreshold(ratio, exchanges, smallest=smallest, largest=largest, rate=rate)
+        return Compression.of(plan, **options)
+
+    @staticmethod
+    def cat(*, overhead: float = 20_000, packet: int = 12_000, **options: Any) -> GradientCompressor:
+        """Top-k with the k that sends most energy per bit, chosen anew for each tensor, with error feedback.
+
+        Args:
+            overhead: bits that a message costs however short it is: latency times bandwidth.
+            packet: bits that travel together.
+            options: see :meth:`of`.
+
+        Raises:
+            ValueError, TypeError: see :class:`hvd_compress.operators.CAT` and :meth:`of`.
+        """
+        return Compression.of(CAT(overhead=overhead, packet=packet), **options)
 
     @staticmethod
     def qtopk(
@@ -282,6 +323,7 @@ class Compression(hvd.Compression):
     def dgc(
         *,
         ratio: float = 0.001,
+        warmup: int = 0,
         momentum: float = 0.9,
         nesterov: bool = False,
         masking: bool = True,
@@ -294,6 +336,8 @@ class Compression(hvd.Compression):
 
         Args:
             ratio: part of each tensor that is sent; the paper's is 0.001.
+            warmup: exchanges over which the ratio falls from 25 % to that in stages, a quarter of each other; four
+                epochs in the paper.
             momentum: see :class:`hvd_compress.memory.DGC`, as for the next three.
             nesterov: look ahead by one gradient.
             masking: momentum factor masking.
@@ -304,7 +348,7 @@ class Compression(hvd.Compression):
             ValueError, TypeError: a setting out of its range.
         """
         memory = partial(DGC, momentum, nesterov=nesterov, masking=masking, clip=clip)
-        return Compression.of(TopK(ratio=ratio), **{"memory": memory, **options})
+        return Compression.of(WarmUp(ratio, warmup), **{"memory": memory, **options})
 
     @staticmethod
     def ef21(

@@ -46,6 +46,7 @@ class _Pending:
     """A tensor on its way."""
 
     message: Message
+    compressed: bool  # else it is sent whole
     remembered: bool  # whether the memory waits for the outcome
 
 
@@ -265,10 +266,10 @@ class Reducer:
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         is_small = len(flat) < self._dense_below
         if is_small and not self._memory.covers_small:
-            return _Pending(Message.dense(flat.clone()), remembered=False)
+            return _Pending(Message.dense(flat.clone()), compressed=False, remembered=False)
         compensated = self._memory.compensate(name, flat)
         try:
-            return _Pending(self._encode(name, compensated, is_small), remembered=True)
+            return _Pending(self._encode(name, compensated, is_small), compressed=not is_small, remembered=True)
         except Exception:
             self._memory.rollback(name)
             raise
@@ -333,7 +334,7 @@ class Reducer:
         packets = self._open_packets(received, list(pending), step, device)
         self._round += 1
         # In rank order, as the sums: all ranks must come to the same conclusion.
-        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets))
+        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets), _kept(packets, pending))
         return packets
 
     def _open_packets(
@@ -365,6 +366,12 @@ class Reducer:
 def _total(numbers: list[Tensor]) -> float:
     """One transfer for all: on a GPU each read of a number waits for the device."""
     return float(torch.stack([n.double().to(numbers[0].device) for n in numbers]).sum()) if numbers else 0.0
+
+
+def _kept(packets: list[wire.Packet], pending: Mapping[str, _Pending]) -> int:
+    """How many elements of compressed tensors the rank has sent that sent most."""
+    compressed = [i for i, p in enumerate(pending.values()) if p.compressed]
+    return max(sum(len(packet.messages[i].values) for i in compressed) for packet in packets)
 
 
 def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, str]]:

@@ -213,6 +213,23 @@ def test_threshold() -> None:
     assert not bool(kept.is_finite())
 
 
+@given(
+    st.lists(st.sampled_from([0.0, 1.0, -1.0, 2.0, -2.0, 3.0, math.nan, math.inf]), max_size=12),
+    st.sampled_from([0.5, 1.0, 2.0, 9.0]),
+    st.integers(0, 6),
+    st.integers(0, 6),
+)
+def test_threshold_within_limits(x: list[float], threshold: float, at_least: int, more: int) -> None:
+    """As top-k with the number of elements that pass, cut to the limits."""
+    tensor = torch.tensor(x)
+    passing = sum(not abs(v) < threshold for v in x)
+    count = min(max(passing, at_least), at_least + more, len(x))
+    message = Threshold(threshold, at_least, at_least + more).encode(tensor)
+    assert len(message.values) == count
+    expected = TopK(k=count)(tensor) if count else torch.zeros(len(x))
+    assert torch.equal(message.decode().nan_to_num(nan=7.0), expected.nan_to_num(nan=7.0))
+
+
 # Compositions
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import horovod.torch as hvd
 import pytest
@@ -14,9 +16,9 @@ from hypothesis import strategies as st
 from models import Vectors, assert_replicas_identical, gradient
 from world import World
 
-from hvd_compress import Compression
-from hvd_compress.operators import TopK
-from hvd_compress.schedules import Accordion, AdaptiveTopK, divide, next_k
+from hvd_compress import Compression, wire
+from hvd_compress.operators import Operator, Threshold, TopK
+from hvd_compress.schedules import Accordion, AdaptiveTopK, HardThreshold, divide, next_k
 
 
 def test_rule_by_hand() -> None:
@@ -58,7 +60,7 @@ def test_budget_holds_whatever_the_gradients_do(
         ks = [operator.count(filled[name]) for name, operator in asked.items() if isinstance(operator, TopK)]
         assert sum(ks) == schedule.k >= k_min
         spent.append(sum(ks))
-        schedule.advance(energy)
+        schedule.advance(energy, kept=0)
     for start in range(0, len(spent), exchanges):
         assert sum(spent[start : start + exchanges]) <= schedule.budget
     assert schedule.budget <= exchanges * max(round(ratio * sum(sizes.values())), len(filled))
@@ -80,11 +82,11 @@ def test_moving_average_by_hand() -> None:
     """Energies 8, 1 with decay 1/2: means 8 and 4.5; k = 10 · (1/4.5)^(1/3) = 6.06 at the third exchange."""
     schedule = AdaptiveTopK(0.1, 100, smallest=0.0, decay=0.5).start({"w": 100})
     assert schedule.k == 10
-    schedule.advance(8.0)
+    schedule.advance(8.0, kept=10)
     assert schedule.k == 10
-    schedule.advance(1.0)
+    schedule.advance(1.0, kept=10)
     assert schedule.k == round(980 / 98 * (1 / 4.5) ** (1 / 3)) == 6
-    schedule.advance(math.nan)  # an overflow tells nothing
+    schedule.advance(math.nan, kept=6)  # an overflow tells nothing
     assert schedule.k == round((1000 - 26) / 97 * (1 / 4.5) ** (1 / 3))
 
 
@@ -94,25 +96,134 @@ def test_accordion_by_hand() -> None:
     seen = []
     for energy in (60.0, 40.0, 80.0, 1.0, 10.0, 6.0, 16.0, 0.0, 1.0):
         seen.append(schedule.operator("w"))
-        schedule.advance(energy)
+        schedule.advance(energy, kept=0)
     high, low = TopK(ratio=0.5), TopK(ratio=0.1)
     assert seen == [high, high, high, high, low, low, high, high, low]
+
+
+@given(
+    st.integers(1, 40),
+    st.floats(0.001, 1.0),
+    st.floats(0, 1),
+    st.floats(1, 50),
+    st.floats(0.01, 1),
+    st.lists(st.tuples(st.floats(0, 1e30) | st.just(math.nan), st.floats(0, 1)), min_size=40, max_size=90),
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 5000), min_size=1).filter(lambda d: any(d.values())),
+)
+def test_no_threshold_breaks_the_budget(
+    exchanges: int,
+    ratio: float,
+    smallest: float,
+    largest: float,
+    rate: float,
+    seen: list[tuple[float, float]],
+    sizes: dict[str, int],
+) -> None:
+    """Whatever passes, from the least to the most that the operators let through, and whatever the energies are."""
+    schedule = HardThreshold(ratio, exchanges, smallest=smallest, largest=largest, rate=rate).start(sizes)
+    filled = {name: size for name, size in sizes.items() if size}
+    average = max(round(ratio * sum(sizes.values())), len(filled))
+    k_min = max(round(smallest * average), len(filled))
+
+    def limits(name: str) -> tuple[int, int]:
+        operator = schedule.operator(name)
+        if isinstance(operator, TopK):
+            return operator.count(filled[name]), operator.count(filled[name])
+        assert isinstance(operator, Threshold)
+        assert operator.at_most is not None
+        return operator.at_least, operator.at_most
+
+    sent = []
+    for energy, part in seen:
+        bounds = [limits(name) for name in filled]
+        assert all(1 <= low <= high <= size for (low, high), size in zip(bounds, filled.values(), strict=True))
+        assert sum(low for low, _ in bounds) >= k_min
+        sent.append(sum(low + round(part * (high - low)) for low, high in bounds))
+        schedule.advance(energy, sent[-1])
+    for start in range(0, len(sent), exchanges):
+        assert sum(sent[start : start + exchanges]) <= schedule.budget == average * exchanges
+
+
+def test_price_by_hand() -> None:
+    """λ starts at G/2d · ln²(d/k̄), and is multiplied by exp(0.5 (k/k̄ − 1)) with the k̄ that was left."""
+    schedule = HardThreshold(0.1, 100, smallest=0.0, rate=0.5).start({"w": 100})
+    assert schedule.operator("w") == TopK(k=10)
+    schedule.advance(math.nan, kept=10)  # an overflow tells nothing, but was sent
+    assert schedule.operator("w") == TopK(k=10)
+    schedule.advance(50.0, kept=10)
+    price = 50 / 200 * math.log(10) ** 2
+    assert schedule.operator("w") == Threshold(math.sqrt(price), at_least=1, at_most=40)
+    schedule.advance(50.0, kept=30)
+    price *= math.exp(0.5 * (30 / 10 - 1))
+    left = (1000 - 50) / 97
+    assert schedule.operator("w") == Threshold(math.sqrt(price), at_least=1, at_most=round(4 * left))
+    schedule.advance(50.0, kept=1)
+    price *= math.exp(0.5 * (1 / left - 1))
+    assert schedule.price == pytest.approx(price, rel=1e-15)
+    schedule.advance(0.0, kept=0)  # nor do zeros
+    assert schedule.price == pytest.approx(price, rel=1e-15)
+
+
+def test_first_price_is_right_for_laplace() -> None:
+    """Rule: 200,000 draws (fixed seed), of which the first λ lets 1 % pass, within five standard deviations."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.empty(200_000).exponential_(generator=generator)
+    schedule = HardThreshold(0.01, 100).start({"w": len(x)})
+    schedule.advance(float(x.square().sum()), kept=2000)
+    assert abs(len(schedule.operator("w").encode(x).values) - 2000) <= 5 * math.sqrt(2000)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_threshold_finds_its_budget_with_error_feedback(scale: float) -> None:
+    """Heavy-tailed tensors of unlike sizes and scales, whose norm falls. Rule (fixed seed): after a first budget,
+    each later one is spent to 90 % at least, and k varies with what passes."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = {"a": 20_000, "b": 3_000, "c": 500}
+    schedule = HardThreshold(0.02, 50).start(sizes)
+    memories = {name: torch.zeros(size) for name, size in sizes.items()}
+    sent = []
+    for t in range(200):
+        energy, kept = 0.0, 0
+        for i, name in enumerate(sizes):
+            x = torch.randn(sizes[name], generator=generator)
+            p = memories[name] + x * x.abs() * scale * (1 + i) * 0.99**t
+            message = schedule.operator(name).encode(p)
+            memories[name] = p - message.decode()
+            energy += float(p.double().square().sum())
+            kept += len(message.values)
+        sent.append(kept)
+        schedule.advance(energy, kept)
+    for start in range(0, 200, 50):
+        assert (0.9 if start else 0) * schedule.budget <= sum(sent[start : start + 50]) <= schedule.budget
+    assert max(sent[50:]) > 1.5 * min(sent[50:])
 
 
 SHAPES = {"a": (400,), "b": (70, 110), "c": (30, 5, 4)}
 
 
-def adapts(plan: str) -> list[tuple[int, ...]]:
-    """Trains with norms that differ between ranks and steps; returns what this rank's schedule asked for."""
+PLANS: dict[str, dict[str, Any]] = {
+    "adaptive_topk": {"ratio": 0.02, "exchanges": 8},
+    "accordion": {"high": 0.05, "low": 0.01, "interval": 3},
+    "hard_threshold": {"ratio": 0.02, "exchanges": 8},
+}
+
+
+def adapts(plan: str) -> tuple[list[tuple[Operator, ...]], list[int]]:
+    """Trains with norms that differ between ranks and steps.
+
+    Returns what this rank's schedule asked for, and how many elements were then in its packet, exchange by exchange.
+    """
+    sent = []
+
+    def encode(messages: Sequence[wire.Message], **settings: Any) -> wire.Encoded:
+        encoded = wire.packet.encode(messages, **settings)
+        sent.append(sum(len(m.values) for m in wire.decode(encoded.data).messages))
+        return encoded
 
     def make() -> tuple[Vectors, Any, Any]:
         model = Vectors(SHAPES)
         settings: dict[str, Any] = {"named_parameters": model.named_parameters(), "dense_below": 0}
-        compression = (
-            Compression.adaptive_topk(ratio=0.02, exchanges=8, **settings)
-            if plan == "adaptive"
-            else Compression.accordion(high=0.05, low=0.01, interval=3, **settings)
-        )
+        compression = Compression.by_name(plan, **PLANS[plan], **settings)
         inner = torch.optim.SGD(model.parameters(), lr=0.1)
         return (
             model,
@@ -120,12 +231,11 @@ def adapts(plan: str) -> list[tuple[int, ...]]:
             hvd.DistributedOptimizer(inner, named_parameters=model.named_parameters(), compression=compression),
         )
 
-    def train(model: Vectors, compression: Any, optimizer: Any, first: int, last: int) -> list[tuple[int, ...]]:
+    def train(model: Vectors, compression: Any, optimizer: Any, first: int, last: int) -> list[tuple[Operator, ...]]:
         asked = []
         for step in range(first, last):
             schedule = compression._reducer._schedule
-            counts = [schedule.operator(n).count(math.prod(s)) for n, s in SHAPES.items()]
-            asked.append(tuple(counts))
+            asked.append(tuple(schedule.operator(name) for name in SHAPES))
             optimizer.zero_grad()
             scale = (1 + 9 * (step % 4 == 0)) * (1 + hvd.rank())
             model({n: scale * gradient(s, hvd.rank(), step) for n, s in SHAPES.items()}).backward()
@@ -133,30 +243,34 @@ def adapts(plan: str) -> list[tuple[int, ...]]:
             assert_replicas_identical(list(model.parameters()))
         return asked
 
-    model, compression, optimizer = make()
-    asked = train(model, compression, optimizer, 0, 7)
-    saved = copy.deepcopy((compression.state_dict(), model.state_dict()))
-    asked += train(model, compression, optimizer, 7, 16)
+    with mock.patch.object(wire, "encode", encode):
+        model, compression, optimizer = make()
+        asked = train(model, compression, optimizer, 0, 7)
+        saved = copy.deepcopy((compression.state_dict(), model.state_dict()))
+        asked += train(model, compression, optimizer, 7, 16)
 
-    resumed, compression, optimizer = make()
-    resumed.load_state_dict(saved[1])
-    compression.load_state_dict(saved[0])
-    assert train(resumed, compression, optimizer, 7, 16) == asked[7:]
+        resumed, compression, optimizer = make()
+        resumed.load_state_dict(saved[1])
+        compression.load_state_dict(saved[0])
+        assert train(resumed, compression, optimizer, 7, 16) == asked[7:]
+    assert sent[16:] == sent[7:16]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-    return asked
+    return asked, sent[:16]
 
 
 @pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("plan", ["adaptive", "accordion"])
+@pytest.mark.parametrize("plan", PLANS)
 def test_ranks_agree_resume_and_adapt(world: World, plan: str) -> None:
-    asked = world.run(adapts, plan)
-    assert all(other == asked[0] for other in asked)
-    totals = [sum(counts) for counts in asked[0]]
-    assert len(set(totals)) > 1
-    if plan == "adaptive":
-        budget = 8 * round(0.02 * 8700)
-        assert sum(totals[:8]) <= budget
-        assert sum(totals[8:]) <= budget
+    ranks = world.run(adapts, plan)
+    operators = ranks[0][0]
+    assert all(asked == operators for asked, _ in ranks)
+    assert len(set(operators)) > 1
+    if plan == "accordion":
+        return
+    budget = 8 * round(0.02 * 8700)
+    assert all(sum(sent[start : start + 8]) <= budget for _, sent in ranks for start in (0, 8))
+    # Only under a threshold does it differ between ranks how much passes.
+    assert (len({tuple(sent) for _, sent in ranks}) > 1) == (plan == "hard_threshold")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +281,10 @@ def test_ranks_agree_resume_and_adapt(world: World, plan: str) -> None:
         (lambda: AdaptiveTopK(0.1, 10, smallest=2.0), "smallest"),
         (lambda: AdaptiveTopK(0.1, 10, exponent=-1.0), "exponent"),
         (lambda: AdaptiveTopK(0.1, 10, decay=1.0), "decay"),
+        (lambda: HardThreshold(0.0, 10), "ratio"),
+        (lambda: HardThreshold(0.1, 10, largest=0.5), "largest"),
+        (lambda: HardThreshold(0.1, 10, largest=math.inf), "largest"),
+        (lambda: HardThreshold(0.1, 10, rate=0.0), "rate"),
         (lambda: Accordion(high=0.1, low=0.2), "low ≤ high"),
         (lambda: Accordion(high=0.1, low=0.1, interval=0), "interval"),
         (lambda: Accordion(high=0.1, low=0.1, threshold=0.0), "threshold"),

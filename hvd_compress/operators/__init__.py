@@ -2,6 +2,7 @@
 
 from .amount import Amount
 from .base import Operator, Quantizer, working_dtype
+from .cat import CAT
 from .compose import Composed, compose
 from .quantizers import QSGD, MinMax, OneBit, Rotated, Sign, TernGrad
 from .sparsifiers import RandK, RandomBlock, Threshold
@@ -9,6 +10,7 @@ from .topk import TopK
 from .truncated import TBQSGD, TNQSGD, TQSGD
 
 __all__ = [
+    "CAT",
     "QSGD",
     "TBQSGD",
     "TNQSGD",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..wire import Block, Floats, Message, Subset
 from .amount import Amount
 from .base import Operator, draw_seed, flatten
+from .topk import TopK, largest
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,38 @@ class RandomBlock(Amount, Operator):
 class Threshold(Operator):
     """All elements of magnitude ``threshold`` or more; how many there are varies from tensor to tensor.
 
-    The hard-threshold sparsifier, Sahu et al. (arXiv 2108.00951). No γ holds for every x; the error is at most
-    ``d · threshold²``. NaN counts as infinite.
+    The hard-threshold sparsifier, Sahu et al. (arXiv 2108.00951). No γ holds for every x; unless ``at_most`` cuts,
+    the error is at most ``d · threshold²``. NaN counts as infinite.
 
     Args:
         threshold: a positive magnitude.
+        at_least: where fewer elements pass, so many are sent, the largest; smaller tensors are sent whole.
+        at_most: where more elements pass, the largest so many are sent; None for no limit. Among equals the lowest
+            index wins, as in :class:`TopK`.
 
     Raises:
-        ValueError: it is not positive.
+        ValueError: an argument is out of its range.
     """
 
     threshold: float
+    at_least: int = 0
+    at_most: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < math.inf:
             raise ValueError(f"threshold must be a positive number, got {self.threshold!r}")
+        if self.at_least < 0 or (self.at_most is not None and self.at_most < self.at_least):
+            raise ValueError(f"0 ≤ at_least ≤ at_most must hold, got {self.at_least!r} and {self.at_most!r}")
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
         flat = flatten(x)
         indices = torch.nonzero(~(flat.abs() < self.threshold)).reshape(-1)
+        if len(indices) < min(self.at_least, len(flat)):
+            return TopK(k=self.at_least).encode(x)
+        if self.at_most is not None and len(indices) > self.at_most:
+            # Ascending, so that the lowest index is the first among equals here too.
+            indices = indices[largest(flat[indices], self.at_most)] if self.at_most else indices[:0]
         return Message(tuple(x.shape), indices, Floats(flat[indices]))
 
 

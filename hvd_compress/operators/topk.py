@@ -29,8 +29,13 @@ class TopK(Amount, Operator):
         if k == len(flat):
             # A copy, since a message must not change when the caller goes on with x.
             return Message.dense(flat.clone().reshape(x.shape))
-        indices = top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
+        indices = largest(flat, k)
         return Message(tuple(x.shape), indices, Floats(flat[indices]))
+
+
+def largest(flat: Tensor, k: int) -> Tensor:
+    """What :func:`top_k` says, in the way that suits the device."""
+    return top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
 
 
 def top_k(flat: Tensor, k: int) -> Tensor:
