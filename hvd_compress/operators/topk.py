@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import native
 from ..wire import Floats, Message
 from .amount import Amount
 from .base import Operator, flatten
@@ -29,8 +30,12 @@ class TopK(Amount, Operator):
         if k == len(flat):
             # A copy, since a message must not change when the caller goes on with x.
             return Message.dense(flat.clone().reshape(x.shape))
-        indices = top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
-        return Message(tuple(x.shape), indices, Floats(flat[indices]))
+        if native.serves(flat):
+            indices, values = native.top_k(flat, k)
+        else:
+            indices = top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
+            values = flat[indices]
+        return Message(tuple(x.shape), indices, Floats(values))
 
 
 def top_k(flat: Tensor, k: int) -> Tensor:
