@@ -23,13 +23,14 @@ except ImportError as error:
     )
 else:
     _available = True
+    _UNIT = _native.vector_units()[0]
 
 _DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
 
 
-def instruction_set() -> str | None:
-    """``"AVX-512"``, ``"AVX2"`` or ``"portable"``; None if the compiled loops are missing."""
-    return _native.instruction_set() if _available else None
+def description() -> str:
+    """Which loops run here, for people: ``"compiled, AVX512"``, ``"compiled, AVX2"`` and the like, or ``"torch"``."""
+    return f"compiled, {_UNIT.name}" if _available else "torch"
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -45,7 +46,7 @@ def serves(*tensors: Tensor) -> bool:
 
 def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``operators.topk.top_k``, and the values at these indices."""
-    indices, values = _native.top_k(flat.numpy(), k, torch.get_num_threads())
+    indices, values = _native.top_k(flat.numpy(), k, torch.get_num_threads(), _UNIT)
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 

@@ -16,13 +16,16 @@ static_assert(sizeof(float) == 4 && sizeof(double) == 8, "IEEE 754 floats");
 
 using Index = std::int64_t;
 
-// top_k.cpp. The k (1 <= k <= d) largest magnitudes of x[d], ascending by index; among equals the lowest index wins, NaN
-// counts as infinite. Which vector unit is used, and how many threads, changes nothing in the result.
-template <class Float>
-void top_k(const Float* x, Index d, Index k, int threads, Index* indices, Float* values);
+// top_k.cpp
+enum class VectorUnit { portable, avx2, avx512 };
 
-// The instruction set that top_k uses on this machine.
-const char* instruction_set();
+// Those that this machine has, the best one first. Others must not be asked for.
+std::vector<VectorUnit> vector_units();
+
+// The k (1 <= k <= d) largest magnitudes of x[d], ascending by index; among equals the lowest index wins, NaN counts as
+// infinite. The result does not depend on the vector unit, nor on the number of threads.
+template <class Float>
+void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values);
 
 // vectors.cpp
 template <class Float>

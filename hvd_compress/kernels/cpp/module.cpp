@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -30,8 +31,10 @@ void require_vector(const py::array& array, const char* name) {
 }
 
 template <class Float>
-py::tuple top_k_of(const Array<Float>& flat, Index k, int threads) {
+py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit unit) {
+    static const std::vector<VectorUnit> units = vector_units();
     require_vector(flat, "flat");
+    require(std::find(units.begin(), units.end(), unit) != units.end(), "this machine does not have that vector unit");
     require(1 <= k && k <= flat.size(), "k must be 1 to " + std::to_string(flat.size()) + ", got " + std::to_string(k));
     Array<Index> indices(k);
     Array<Float> values(k);
@@ -41,7 +44,7 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads) {
     const Index d = flat.size();
     {
         py::gil_scoped_release released;
-        top_k(x, d, k, threads, i, v);
+        top_k(x, d, k, threads, unit, i, v);
     }
     return py::make_tuple(std::move(indices), std::move(values));
 }
@@ -181,7 +184,7 @@ py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
 
 template <class Float>
 void bind_floats(py::module_& module) {
-    module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a);
+    module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
     module.def("swap_add", &swap_add_of<Float>, "memory"_a.noconvert(), "gradient"_a.noconvert(), "decay"_a,
                "threads"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
@@ -192,7 +195,11 @@ void bind_floats(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.def("instruction_set", &instruction_set);
+    py::enum_<VectorUnit>(module, "VectorUnit")
+        .value("AVX512", VectorUnit::avx512)
+        .value("AVX2", VectorUnit::avx2)
+        .value("PORTABLE", VectorUnit::portable);
+    module.def("vector_units", &vector_units);
     bind_floats<float>(module);
     bind_floats<double>(module);
     module.def("encode_indices", &encode_indices_of, "indices"_a.noconvert(), "table"_a.noconvert());

@@ -23,19 +23,18 @@ public:
     void put(Word field, int width) {  // field < 2^width, width <= 31
         pending_ |= field << filled_;
         filled_ += width;
-        if (filled_ >= 32) flush(4);
+        // Always, since whether a byte is full is hard to predict; what is not full is written again.
+        if (end_ - next_ >= 8) {
+            std::memcpy(next_, &pending_, 8);
+        } else {
+            std::memcpy(next_, &pending_, end_ - next_);
+        }
+        next_ += filled_ >> 3;
+        pending_ >>= filled_ & ~7;
+        filled_ &= 7;
     }
-
-    void finish() { flush((filled_ + 7) / 8); }
 
 private:
-    void flush(int bytes) {
-        std::memcpy(next_, &pending_, std::min<std::size_t>(bytes, end_ - next_));
-        next_ += std::min<std::size_t>(bytes, end_ - next_);
-        pending_ >>= 32;
-        filled_ -= 32;
-    }
-
     Byte* next_;
     Byte* end_;
     Word pending_ = 0;
@@ -44,28 +43,25 @@ private:
 
 class FieldReader {
 public:
-    FieldReader(const Byte* begin, std::size_t size) : next_(begin), end_(begin + size) {}
+    FieldReader(const Byte* begin, std::size_t size) : begin_(begin), size_(size) {}
 
     Word take(int width) {  // width <= 31; zeros behind the end
-        if (filled_ < width) {
-            std::uint32_t more = 0;
-            const std::size_t size = std::min<std::size_t>(4, end_ - next_);
-            std::memcpy(&more, next_, size);
-            next_ += size;
-            pending_ |= Word{more} << filled_;
-            filled_ += 32;
+        const std::size_t byte = position_ >> 3;
+        Word window = 0;
+        if (byte + 8 <= size_) {
+            std::memcpy(&window, begin_ + byte, 8);
+        } else if (byte < size_) {
+            std::memcpy(&window, begin_ + byte, size_ - byte);
         }
-        const Word field = pending_ & low_bits(width);
-        pending_ >>= width;
-        filled_ -= width;
-        return field;
+        window >>= position_ & 7;
+        position_ += width;
+        return window & low_bits(width);
     }
 
 private:
-    const Byte* next_;
-    const Byte* end_;
-    Word pending_ = 0;
-    int filled_ = 0;
+    const Byte* begin_;
+    std::size_t size_;
+    std::size_t position_ = 0;  // in bits
 };
 
 class UnaryReader {
@@ -162,7 +158,6 @@ void encode_indices(const Index* indices, const Row* rows, Index messages, Byte*
         }
         indices += row.count;
     }
-    fields.finish();
 }
 
 void decode_indices(const Byte* unary, std::size_t unary_bytes, const Byte* fixed, std::size_t fixed_bytes,
@@ -210,7 +205,6 @@ void pack_levels(const Level* levels, Index count, int bits, Byte* packed) {
     const std::size_t done = static_cast<std::size_t>(i) / 8 * bits;
     FieldWriter rest(packed + done, size - done);
     for (; i < count; ++i) rest.put(static_cast<Word>(levels[i]), bits);
-    rest.finish();
 }
 
 template <class Level>

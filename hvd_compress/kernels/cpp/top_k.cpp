@@ -52,6 +52,22 @@ struct Candidates {
     std::unique_ptr<Word[]> place;  // in x, ascending
 };
 
+// Appends the elements x[base + i] whose bit i is set. Four at a time and without asking whether there are as many: a
+// branch would be mispredicted about as often as there are candidates.
+template <class Word>
+inline Index append(Word64 found, const Word* x, Index base, Word* bits, Word* place, Index count) {
+    const Index total = count + __builtin_popcountll(found);
+    do {
+        for (int j = 0; j < 4; ++j, ++count) {
+            const Index at = base + __builtin_ctzll(found | Word64{1} << 63);
+            bits[count] = x[at];
+            place[count] = static_cast<Word>(at);
+            found &= found - 1;
+        }
+    } while (count < total);
+    return total;
+}
+
 // Appends what reaches the threshold in x[begin, end) to bits and place; returns the new count.
 template <class Word>
 Index collect_portably(const Word* x, Index begin, Index end, Word threshold, Word* bits, Word* place, Index count) {
@@ -64,70 +80,55 @@ Index collect_portably(const Word* x, Index begin, Index end, Word threshold, Wo
 }
 
 #ifdef HVD_X86
-__attribute__((target("avx2"))) Index collect_avx2(const Word32* x, Index begin, Index end, Word32 threshold,
-                                                    Word32* bits, Word32* place, Index count) {
+__attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(const Word32* x, Index begin, Index end,
+                                                              Word32 threshold, Word32* bits, Word32* place,
+                                                              Index count) {
     const __m256i no_sign = _mm256_set1_epi32(static_cast<int>(kNoSign<Word32>));
     const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold) - 1);  // signed: -1 is below everything
     Index i = begin;
-    for (; i + 8 <= end; i += 8) {
-        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-        const __m256i reaches = _mm256_cmpgt_epi32(_mm256_and_si256(v, no_sign), below);
-        unsigned found = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)));
-        for (; found; found &= found - 1) {
-            const Index at = i + __builtin_ctz(found);
-            bits[count] = x[at];
-            place[count++] = static_cast<Word32>(at);
+    for (; i + 64 <= end; i += 64) {
+        Word64 found = 0;
+        for (int j = 0; j < 64; j += 8) {
+            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + j));
+            const __m256i reaches = _mm256_cmpgt_epi32(_mm256_and_si256(v, no_sign), below);
+            found |= Word64(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)) & 0xFF) << j;
         }
+        count = append(found, x, i, bits, place, count);
     }
     return collect_portably(x, i, end, threshold, bits, place, count);
 }
 
-__attribute__((target("avx512f,popcnt"))) Index collect_avx512(const Word32* x, Index begin, Index end,
-                                                               Word32 threshold, Word32* bits, Word32* place,
-                                                               Index count) {
+__attribute__((target("avx512f,popcnt,bmi"))) Index collect_avx512(const Word32* x, Index begin, Index end,
+                                                                   Word32 threshold, Word32* bits, Word32* place,
+                                                                   Index count) {
     const __m512i no_sign = _mm512_set1_epi32(static_cast<int>(kNoSign<Word32>));
     const __m512i least = _mm512_set1_epi32(static_cast<int>(threshold));
-    const __m512i step = _mm512_set1_epi32(16);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(begin)), lanes);
     Index i = begin;
-    for (; i + 16 <= end; i += 16) {
-        const __m512i v = _mm512_loadu_si512(x + i);
-        const __mmask16 found = _mm512_cmpge_epu32_mask(_mm512_and_si512(v, no_sign), least);
-        // Compressed in a register and stored whole: compressing stores are slow on some machines.
-        _mm512_storeu_si512(bits + count, _mm512_maskz_compress_epi32(found, v));
-        _mm512_storeu_si512(place + count, _mm512_maskz_compress_epi32(found, index));
-        count += __builtin_popcount(found);
-        index = _mm512_add_epi32(index, step);
+    for (; i + 64 <= end; i += 64) {
+        Word64 found = 0;
+        for (int j = 0; j < 64; j += 16) {
+            const __m512i v = _mm512_loadu_si512(x + i + j);
+            found |= Word64{_mm512_cmpge_epu32_mask(_mm512_and_si512(v, no_sign), least)} << j;
+        }
+        count = append(found, x, i, bits, place, count);
     }
     return collect_portably(x, i, end, threshold, bits, place, count);
 }
 #endif
 
-enum class Unit { portable, avx2, avx512 };
+template <class Word>
+using Collect = Index (*)(const Word*, Index, Index, Word, Word*, Word*, Index);
 
-Unit unit() {
+Collect<Word32> collect_with(VectorUnit unit, Word32) {
 #ifdef HVD_X86
-    static const Unit best = __builtin_cpu_supports("avx512f") ? Unit::avx512
-                             : __builtin_cpu_supports("avx2")  ? Unit::avx2
-                                                               : Unit::portable;
-    return best;
-#else
-    return Unit::portable;
+    if (unit == VectorUnit::avx512) return collect_avx512;
+    if (unit == VectorUnit::avx2) return collect_avx2;
 #endif
+    static_cast<void>(unit);
+    return collect_portably<Word32>;
 }
 
-Index collect(const Word32* x, Index begin, Index end, Word32 threshold, Word32* bits, Word32* place, Index count) {
-#ifdef HVD_X86
-    if (unit() == Unit::avx512) return collect_avx512(x, begin, end, threshold, bits, place, count);
-    if (unit() == Unit::avx2) return collect_avx2(x, begin, end, threshold, bits, place, count);
-#endif
-    return collect_portably(x, begin, end, threshold, bits, place, count);
-}
-
-Index collect(const Word64* x, Index begin, Index end, Word64 threshold, Word64* bits, Word64* place, Index count) {
-    return collect_portably(x, begin, end, threshold, bits, place, count);
-}
+Collect<Word64> collect_with(VectorUnit, Word64) { return collect_portably<Word64>; }
 
 template <class Word>
 struct Kth {
@@ -141,28 +142,60 @@ struct Span {
     Index count;
 };
 
-// By radix: the digits of the k-th largest are found from the highest on, by counting.
+// How many magnitudes with the given prefix have each digit, added to `counts`. Four histograms in turn, since a counter
+// that was just written cannot be read again at once, and magnitudes crowd at a few.
 template <class Word>
-Kth<Word> kth_largest(const Span<Word>* spans, std::size_t size, Index k) {
-    constexpr int digit = 11, highest = sizeof(Word) == 4 ? 20 : 52;  // 31 = 11 + 10 + 10, 63 = 11 + 52
+void count_digits(const Span<Word>& span, int shift, Word prefix, Index* counts) {
+    std::uint32_t lanes[4][256] = {};
+    const Word* bits = span.bits;
+    const auto count = [&](Index i, int lane) {
+        const Word head = magnitude(bits[i]) >> shift;
+        lanes[lane][head & 0xFF] += (head >> 8) == prefix;  // no branch, which would often be mispredicted
+    };
+    Index i = 0;
+    for (; i + 4 <= span.count; i += 4) {
+        for (int lane = 0; lane < 4; ++lane) count(i + lane, lane);
+    }
+    for (; i < span.count; ++i) count(i, 0);
+    for (int value = 0; value < 256; ++value) {
+        counts[value] += Index{lanes[0][value]} + lanes[1][value] + lanes[2][value] + lanes[3][value];
+    }
+}
+
+// By radix: the digits of the k-th largest are found from the highest on. Those below `precision` bits may be left out,
+// which makes the value a little too small.
+template <class Word>
+Kth<Word> kth_largest(const Span<Word>* spans, std::size_t size, Index k, int precision = 0) {
     Word prefix = 0;
     Index above = 0;
-    for (int shift = highest, width = digit; width > 0;) {
-        Index counts[1 << digit] = {};
-        const Word mask = (Word{1} << width) - 1;
-        for (std::size_t s = 0; s < size; ++s) {
-            for (Index i = 0; i < spans[s].count; ++i) {
-                const Word m = magnitude(spans[s].bits[i]);
-                if ((m >> shift >> width) == prefix) ++counts[(m >> shift) & mask];
-            }
-        }
-        Word value = mask;
+    for (int shift = 8 * sizeof(Word) - 8; shift >= precision; shift -= 8) {
+        Index counts[256] = {};
+        for (std::size_t s = 0; s < size; ++s) count_digits(spans[s], shift, prefix, counts);
+        Word value = 0xFF;
         while (above + counts[value] < k) above += counts[value--];
-        prefix = prefix << width | value;
-        width = std::min(shift, sizeof(Word) == 4 ? 10 : digit);
-        shift -= width;
+        prefix = prefix << 8 | value;
     }
-    return {prefix, above};
+    return {prefix << precision, above};
+}
+
+// Drops the candidates below the k-th, and those of its magnitude behind the first `equals`, of which it returns how
+// many are left to keep.
+template <class Word>
+Index drop_below(Candidates<Word>& c, Word kth, Index equals) {
+    Word* const bits = c.bits.get();
+    Word* const place = c.place.get();
+    const Index count = c.count;
+    Index kept = 0;
+    for (Index i = 0; i < count; ++i) {
+        const Word m = magnitude(bits[i]);
+        const Index equal = (m == kth) & (equals > 0);
+        bits[kept] = bits[i];
+        place[kept] = place[i];
+        kept += (m > kth) | equal;
+        equals -= equal;
+    }
+    c.count = kept;
+    return equals;
 }
 
 // Drops all but the k best; returns a threshold that only better ones than those reach. Later equals lose to them.
@@ -170,21 +203,12 @@ template <class Word>
 Word keep_best(Candidates<Word>& c, Index k) {
     const Span<Word> span{c.bits.get(), c.count};
     const Kth<Word> kth = kth_largest(&span, 1, k);
-    Index equals = k - kth.above, kept = 0;
-    for (Index i = 0; i < c.count; ++i) {
-        const Word m = magnitude(c.bits[i]);
-        const bool equal = m == kth.value;
-        c.bits[kept] = c.bits[i];
-        c.place[kept] = c.place[i];
-        kept += m > kth.value || (equal && equals > 0);
-        equals -= equal;
-    }
-    c.count = kept;
+    drop_below(c, kth.value, k - kth.above);
     return kth.value + 1;
 }
 
 template <class Word>
-void collect_all(Candidates<Word>& c, Index k, Word threshold) {
+void collect_all(Candidates<Word>& c, Index k, Word threshold, Collect<Word> collect) {
     c.count = 0;
     for (Index begin = 0; begin < c.length; begin += kBlock) {
         if (c.count + kBlock > c.capacity) threshold = keep_best(c, k);
@@ -202,7 +226,7 @@ Word likely_threshold(const Word* x, Index d, Index k) {
     if (runs < 16) return 0;
     const Index stride = d / runs, taken = runs * run;
     const double expected = static_cast<double>(taken) * static_cast<double>(k) / static_cast<double>(d);
-    const Index rank = static_cast<Index>(expected + 4 * __builtin_sqrt(expected)) + 4;
+    const Index rank = static_cast<Index>(expected + 3 * __builtin_sqrt(expected)) + 3;
     if (rank >= taken) return 0;
     Word sample[most_runs * run];
     for (Index r = 0; r < runs; ++r) {
@@ -211,19 +235,22 @@ Word likely_threshold(const Word* x, Index d, Index k) {
         std::memcpy(sample + r * run, x + r * stride + within, run * sizeof(Word));
     }
     const Span<Word> span{sample, taken};
-    return kth_largest(&span, 1, rank).value;
+    constexpr int precision = sizeof(Word) == 4 ? 16 : 40;  // leaves seven bits of a float's mantissa, or twelve
+    return kth_largest(&span, 1, rank, precision).value;
 }
 
 template <class Word>
-void top_k_words(const Word* x, Index d, Index k, int threads, Index* indices, Word* values) {
+void top_k_words(const Word* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Word* values) {
+    const Collect<Word> collect = collect_with(unit, Word{});
     // Places are of the word's width, so a part has less than 2^31 elements.
     const Index parts = std::max(parts_of(d, threads), (d >> 30) + 1), size = (d + parts - 1) / parts;
     std::vector<Candidates<Word>> candidates;
+    candidates.reserve(parts);
     for (Index begin = 0; begin < d; begin += size) candidates.emplace_back(x + begin, std::min(size, d - begin), k);
     std::vector<Span<Word>> spans(candidates.size());
     Index total = 0;
     const auto collect_from = [&](Word threshold) {
-        in_parallel(static_cast<Index>(candidates.size()), [&](Index p) { collect_all(candidates[p], k, threshold); });
+        in_parallel(static_cast<Index>(candidates.size()), [&](Index p) { collect_all(candidates[p], k, threshold, collect); });
         total = 0;
         for (std::size_t p = 0; p < candidates.size(); ++p) {
             spans[p] = {candidates[p].bits.get(), candidates[p].count};
@@ -234,38 +261,37 @@ void top_k_words(const Word* x, Index d, Index k, int threads, Index* indices, W
     if (total < k) collect_from(0);
 
     const Kth<Word> kth = kth_largest(spans.data(), spans.size(), k);
-    Index equals = k - kth.above, kept = 0;
-    for (const auto& c : candidates) {
-        const Index base = c.x - x;
-        for (Index i = 0; i < c.count && kept < k; ++i) {
-            const Word m = magnitude(c.bits[i]);
-            const bool equal = m == kth.value;
-            indices[kept] = base + static_cast<Index>(c.place[i]);
-            values[kept] = c.bits[i];
-            kept += m > kth.value || (equal && equals > 0);
-            equals -= equal;
-        }
+    Index equals = k - kth.above;
+    for (auto& c : candidates) {
+        equals = drop_below(c, kth.value, equals);
+        for (Index i = 0; i < c.count; ++i) indices[i] = (c.x - x) + static_cast<Index>(c.place[i]);
+        std::copy_n(c.bits.get(), c.count, values);
+        indices += c.count;
+        values += c.count;
     }
 }
 
 }  // namespace
 
 template <>
-void top_k(const float* x, Index d, Index k, int threads, Index* indices, float* values) {
-    top_k_words(reinterpret_cast<const Word32*>(x), d, k, threads, indices, reinterpret_cast<Word32*>(values));
+void top_k(const float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, float* values) {
+    top_k_words(reinterpret_cast<const Word32*>(x), d, k, threads, unit, indices, reinterpret_cast<Word32*>(values));
 }
 
 template <>
-void top_k(const double* x, Index d, Index k, int threads, Index* indices, double* values) {
-    top_k_words(reinterpret_cast<const Word64*>(x), d, k, threads, indices, reinterpret_cast<Word64*>(values));
+void top_k(const double* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, double* values) {
+    top_k_words(reinterpret_cast<const Word64*>(x), d, k, threads, unit, indices, reinterpret_cast<Word64*>(values));
 }
 
-const char* instruction_set() {
-    switch (unit()) {
-        case Unit::avx512: return "AVX-512";
-        case Unit::avx2: return "AVX2";
-        default: return "portable";
-    }
+std::vector<VectorUnit> vector_units() {
+    std::vector<VectorUnit> units;
+#ifdef HVD_X86
+    const bool bits = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
+    if (bits && __builtin_cpu_supports("avx512f")) units.push_back(VectorUnit::avx512);
+    if (bits && __builtin_cpu_supports("avx2")) units.push_back(VectorUnit::avx2);
+#endif
+    units.push_back(VectorUnit::portable);
+    return units;
 }
 
 }  // namespace hvd

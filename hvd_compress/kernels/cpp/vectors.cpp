@@ -55,7 +55,11 @@ void add_at(Float* flat, Index n, const Index* indices, const Float* values, Ind
     bool outside = false;
     for (Index i = 0; i < count; ++i) outside |= static_cast<std::uint64_t>(indices[i]) >= size;  // negative is large
     if (outside) throw std::out_of_range("an index is not below the vector's length, " + std::to_string(n));
-    for (Index i = 0; i < count; ++i) flat[indices[i]] += values[i] * alpha;
+    constexpr Index ahead = 16;  // elements are far apart, each one waits for memory
+    for (Index i = 0; i < count; ++i) {
+        if (i + ahead < count) __builtin_prefetch(flat + indices[i + ahead], 1);
+        flat[indices[i]] += values[i] * alpha;
+    }
 }
 
 template void swap_add(float*, float*, Index, float, int);
