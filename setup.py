@@ -2,7 +2,32 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+
+CPP = Path("hvd_compress/kernels/cpp")
+
+
+def extensions() -> list[Extension]:
+    """The kernels in C++, without which everything works too, though slower: a failure to build them is a warning."""
+    try:
+        from pybind11.setup_helpers import Pybind11Extension
+    except ImportError:
+        print("warning: pybind11 is not here (pip install pybind11), so the kernels in C++ are not built")
+        return []
+    return [
+        Pybind11Extension(
+            "hvd_compress.kernels._native",
+            sorted(map(str, CPP.glob("*.cpp"))),
+            depends=sorted(map(str, CPP.glob("*.h"))),
+            cxx_std=17,
+            # Without contraction, so that a result does not depend on whether the machine has fused multiply-add; for
+            # any machine of the architecture, so that a cluster's nodes may differ. Floats are also seen as integers.
+            extra_compile_args=["-O3", "-ffp-contract=off", "-fno-strict-aliasing", "-pthread"],
+            extra_link_args=["-pthread"],
+            optional=True,
+        )
+    ]
+
 
 setup(
     name="hvd-compress",
@@ -18,7 +43,8 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),
-    package_data={"hvd_compress": ["py.typed"]},
+    package_data={"hvd_compress": ["py.typed", "kernels/_native.pyi"]},
+    ext_modules=extensions(),
     install_requires=["horovod==0.28.1", "mpi4py>=4", "numpy", "torch>=2.1"],
     extras_require={
         "train": ["matplotlib", "pillow", "rich", "scikit-learn", "torchvision", "tqdm"],

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 class Reduced:
     """The outcome of one exchange."""
 
-    sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device, own storage
+    sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device
     overflow: list[
         tuple[int, str]
     ]  # (rank, name) of messages with inf or NaN; no memory was updated if there are any
@@ -45,6 +45,7 @@ class Reduced:
 class _Pending:
     """A tensor on its way."""
 
+    flat: Tensor  # its elements, whose storage the sum will take
     message: Message
     compressed: bool  # else it is sent whole
     remembered: bool  # whether the memory waits for the outcome
@@ -149,7 +150,7 @@ class Reducer:
     def add(self, name: str, tensor: Tensor) -> None:
         """Compress ``tensor`` for the next :meth:`reduce`; a second one of that name replaces the first.
 
-        The tensor is given up: until :meth:`reduce` has returned, what it holds is not defined.
+        The tensor is given up: what it holds is not defined from now on, and :meth:`reduce` may return its storage.
         """
         try:
             self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
@@ -184,7 +185,7 @@ class Reducer:
             self._commit(pending)
         sums = {}
         for place, (name, p) in enumerate(pending.items()):
-            total = _sum([packet.messages[place] for packet in packets], p)
+            total = _sum([packet.messages[place] for packet in packets], p.flat)
             sums[name] = self._receive(name, total) if p.remembered and not overflow else total
         return Reduced(sums, overflow)
 
@@ -266,10 +267,10 @@ class Reducer:
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         is_small = len(flat) < self._dense_below
         if is_small and not self._memory.covers_small:
-            return _Pending(Message.dense(flat.clone()), compressed=False, remembered=False)
+            return _Pending(flat, Message.dense(flat.clone()), compressed=False, remembered=False)
         compensated = self._memory.compensate(name, flat)
         try:
-            return _Pending(self._encode(name, compensated, is_small), compressed=not is_small, remembered=True)
+            return _Pending(flat, self._encode(name, compensated, is_small), not is_small, remembered=True)
         except Exception:
             self._memory.rollback(name)
             raise
@@ -383,10 +384,9 @@ def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, s
     return [(rank, name) for (rank, name, _), good in zip(messages, finite, strict=True) if not good]
 
 
-def _sum(messages: list[Message], pending: _Pending) -> Tensor:
+def _sum(messages: list[Message], flat: Tensor) -> Tensor:
     """In rank order, since floating point addition is not associative and all ranks must get the same bits."""
-    own = pending.message
-    flat = torch.zeros(own.numel, dtype=own.dtype, device=own.device)
+    flat.zero_()
     for message in messages:
         message.to(flat.device).add_to(flat)
     return flat

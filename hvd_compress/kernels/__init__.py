@@ -1,6 +1,7 @@
-"""Loops over all elements of a tensor that several rooms need, as torch expressions."""
+"""Loops over all elements of a tensor that several rooms need: torch expressions, the hottest also compiled."""
 
 from .hadamard import hadamard, next_power_of_two, random_signs
 from .subset import random_subset
+from .vectors import add_at, is_finite, swap_add
 
-__all__ = ["hadamard", "next_power_of_two", "random_signs", "random_subset"]
+__all__ = ["add_at", "hadamard", "is_finite", "next_power_of_two", "random_signs", "random_subset", "swap_add"]

@@ -60,12 +60,13 @@ class Memory(ABC):
 
         Args:
             name: the parameter's.
-            total: flat sum of all ranks' messages; given up.
+            total: flat sum of all ranks' messages; may be written to and returned, but not kept.
             world_size: number of ranks that were summed over.
             draws: a generator that is the same on all ranks.
 
         Returns:
-            A flat tensor in the units of ``total``, that is ``world_size`` times the average, of its own storage.
+            A flat tensor in the units of ``total``, that is ``world_size`` times the average; ``total``, or one of
+            its own storage.
         """
         return total
 
@@ -85,7 +86,7 @@ class Memory(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """The memory of each parameter by name, ``[d]``, or ``[n, d]`` for n vectors of a parameter's size.
 
-        The tensors may be the memory's own, though no later exchange changes them: copy or save, do not write.
+        Copies: no later exchange changes them.
         """
 
     @abstractmethod

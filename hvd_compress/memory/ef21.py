@@ -67,10 +67,9 @@ class EF21(Memory):
 
     def receive(self, name: str, total: Tensor, world_size: int, draws: Callable[[], torch.Generator]) -> Tensor:
         """G, with this exchange's corrections."""
-        if name in self._sums:
-            total += self._sums[name]
-        self._sums[name] = total
-        return total.clone()
+        total += self._sums.get(name, 0)
+        self._sums[name] = total.clone()
+        return total
 
     def reset(self) -> None:
         """Forget all estimates."""
@@ -123,7 +122,7 @@ class TwoSided(EF21):
         mean = super().receive(name, total, world_size, draws).div_(world_size)
         estimate = self._handed_out.setdefault(name, torch.zeros_like(mean))
         self._operator.encode(mean - estimate, generator=draws()).add_to(estimate)
-        return estimate * world_size
+        return torch.mul(estimate, world_size, out=mean)
 
     def _vectors(self) -> list[dict[str, Tensor]]:
         return [*super()._vectors(), self._handed_out]

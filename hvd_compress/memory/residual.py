@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..kernels import swap_add
 from .base import Memory, Sent
 
 
@@ -31,27 +32,35 @@ class Residual(Memory):
         self._decay = decay
         # State
         self._residuals: dict[str, Tensor] = {}  # name → [d], in the tensor's working dtype, on its device
-        self._compensated: dict[str, Tensor] = {}  # that wait for their exchange's outcome
+        self._before: dict[str, Tensor | None] = {}  # what they were, while an exchange's outcome is awaited
 
     def __repr__(self) -> str:
         return f"Residual(decay={self._decay})"
 
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """decay · m + x. A parameter is seen for the first time with m = 0."""
+        """decay · m + x, in place of m, which moves to ``tensor``. A parameter's first m is 0."""
         residual = self._residuals.get(name)
-        compensated = tensor.clone() if residual is None else residual.to(tensor.device) * self._decay + tensor
-        self._compensated[name] = compensated
-        return compensated
+        if residual is None:
+            self._residuals[name], self._before[name] = tensor.clone(), None
+        else:
+            self._residuals[name], self._before[name] = residual.to(tensor.device), tensor
+            swap_add(self._residuals[name], tensor, self._decay)
+        return self._residuals[name]
 
     def commit(self, name: str, sent: Sent) -> None:
         """m ← p − C(p), in place of p."""
-        compensated = self._compensated.pop(name)
-        sent.add_to(compensated, alpha=-1)
-        self._residuals[name] = compensated
+        del self._before[name]
+        sent.add_to(self._residuals[name], alpha=-1)
 
     def rollback(self, name: str) -> None:
         """See :meth:`Memory.rollback`."""
-        self._compensated.pop(name, None)
+        if name not in self._before:
+            return
+        before = self._before.pop(name)
+        if before is None:
+            del self._residuals[name]
+        else:
+            self._residuals[name].copy_(before)
 
     def residual(self, name: str) -> Tensor | None:
         """m."""
@@ -63,7 +72,7 @@ class Residual(Memory):
 
     def state_dict(self) -> dict[str, Tensor]:
         """m, ``[d]``."""
-        return dict(self._residuals)
+        return {name: residual.clone() for name, residual in self._residuals.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See :meth:`Memory.load_state_dict`."""

@@ -91,7 +91,7 @@ class Threshold(Operator):
             return TopK(k=self.at_least).encode(x)
         if self.at_most is not None and len(indices) > self.at_most:
             # Ascending, so that the lowest index is the first among equals here too.
-            indices = indices[largest(flat[indices], self.at_most)] if self.at_most else indices[:0]
+            indices = indices[largest(flat[indices], self.at_most)[0]] if self.at_most else indices[:0]
         return Message(tuple(x.shape), indices, Floats(flat[indices]))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import native
 from ..wire import Floats, Message
 from .amount import Amount
 from .base import Operator, flatten
@@ -29,13 +30,16 @@ class TopK(Amount, Operator):
         if k == len(flat):
             # A copy, since a message must not change when the caller goes on with x.
             return Message.dense(flat.clone().reshape(x.shape))
-        indices = largest(flat, k)
-        return Message(tuple(x.shape), indices, Floats(flat[indices]))
+        indices, values = largest(flat, k)
+        return Message(tuple(x.shape), indices, Floats(values))
 
 
-def largest(flat: Tensor, k: int) -> Tensor:
-    """What :func:`top_k` says, in the way that suits the device."""
-    return top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
+def largest(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """What :func:`top_k` says, in the way that suits the device, and the elements at these indices."""
+    if native.serves(flat):
+        return native.top_k(flat, k)
+    indices = top_k_by_sorting(flat, k) if flat.is_cuda else top_k(flat, k)
+    return indices, flat[indices]
 
 
 def top_k(flat: Tensor, k: int) -> Tensor:

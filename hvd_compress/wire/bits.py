@@ -2,11 +2,13 @@
 
 Positions are computed with a cumulative sum and bits are added into 32-bit words (fields never overlap, so
 adding is or-ing). There is no loop over elements and integer addition commutes, so the bytes are the same
-on every device.
+on every device. Levels, of which there may be one for each element of a tensor, have a compiled loop as well.
 """
 
 import torch
 from torch import Tensor
+
+from ..kernels import native
 
 MAX_WIDTH = 31
 """Widest field in bits: a field and its shift must fit into the 63 bits of a non-negative int64."""
@@ -51,6 +53,11 @@ def pack_levels(levels: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 ``[ceil(n * bits / 8)]``.
     """
+    return native.pack_levels(levels, bits) if native.serves(levels) else pack_levels_by_torch(levels, bits)
+
+
+def pack_levels_by_torch(levels: Tensor, bits: int) -> Tensor:
+    """See :func:`pack_levels`."""
     total_bits = len(levels) * bits
     if bits > 7:  # eight of them do not fit into one word
         return pack_fields(levels.to(torch.int64), torch.full_like(levels, bits, dtype=torch.int64), total_bits)
@@ -62,7 +69,17 @@ def pack_levels(levels: Tensor, bits: int) -> Tensor:
 
 
 def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of :func:`pack_levels`: uint8 ``[count]``, or int64 where a level has more than 8 bits."""
+    """Inverse of :func:`pack_levels`: uint8 ``[count]``, or int64 where a level has more than 8 bits.
+
+    ``packed`` has exactly the bytes that so many levels take.
+    """
+    if native.serves(packed):
+        return native.unpack_levels(packed, bits, count)
+    return unpack_levels_by_torch(packed, bits, count)
+
+
+def unpack_levels_by_torch(packed: Tensor, bits: int, count: int) -> Tensor:
+    """See :func:`unpack_levels`."""
     if bits > 7:
         fields = unpack_fields(packed, torch.full((count,), bits, dtype=torch.int64, device=packed.device))
         return fields.to(torch.uint8) if bits == 8 else fields

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import random_subset
+from ..kernels import add_at, is_finite, random_subset
 from .values import Floats, Values
 
 
@@ -84,7 +84,7 @@ class Message:
 
     def is_finite(self) -> Tensor:
         """Whether all that receivers see is finite, as a bool tensor of no dimensions."""
-        return torch.isfinite(self.values.floats).all()
+        return is_finite(self.values.floats)
 
     def to(self, device: torch.device) -> Message:
         """The same message on ``device``."""
@@ -97,7 +97,7 @@ class Message:
         if self.indices is None:
             flat.add_(values, alpha=alpha)
         else:
-            flat.index_add_(0, self.indices, values, alpha=alpha)
+            add_at(flat, self.indices, values, alpha)
 
     def clear_in(self, flat: Tensor) -> None:
         """Set the elements of ``flat`` that are sent to zero, unless all are."""

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ..errors import WireError
 from ..kernels import next_power_of_two
-from .bits import MAX_WIDTH, pack_fields, pack_levels, pack_unary, unpack_fields, unpack_levels, unpack_unary
+from .bits import MAX_WIDTH, pack_levels, unpack_levels
+from .indices import decode_indices, encode_indices
 from .message import Block, Message, Subset
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 from .varint import append_varint, read_varint
@@ -136,7 +137,9 @@ def encode(
 
     coded = [e for e in entries if e.support in _CODED]
     indices = [m.indices for m, e in zip(kept, entries, strict=True) if e.support in _CODED and m.indices is not None]
-    unary, fixed, unary_bits = _encode_indices(coded, indices, device)
+    no_index = torch.empty(0, dtype=torch.int64, device=device)
+    unary, fixed, bits = encode_indices(torch.cat([no_index, *(i.to(device) for i in indices)]), _index_table(coded))
+    unary_bits = {e.id: b for e, b in zip(coded, bits, strict=True)}
     levels = [pack_levels(q.levels, q.bits) for m in kept if isinstance(q := _unrotated(m.values), Levels)]
     floats = [
         m.values.floats.contiguous().view(torch.uint8)
@@ -144,16 +147,18 @@ def encode(
         for m, e in zip(kept, entries, strict=True)
         if e.dtype == code
     ]
-    streams = torch.cat([section.to(device) for section in (unary, fixed, *levels, *floats)]).cpu().numpy()
-
     rows = [_write_entry(e, previous) for e, previous in zip(entries, [-1, *ids], strict=False)]
-    body = b"".join(rows) + streams.tobytes()
-    return Encoded(_seal(_MESSAGES, len(entries), round, energy, body), _shares(entries, rows, unary_bits))
+    front = torch.frombuffer(bytearray(HEADER_BYTES) + b"".join(rows), dtype=torch.uint8)
+    data = torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)]).cpu().numpy()
+    _seal(data, _MESSAGES, len(entries), round, energy)
+    return Encoded(data, _shares(entries, rows, unary_bits))
 
 
 def encode_failure(text: str, *, round: int = 0) -> Bytes:
     """A packet that carries an error in place of messages, so that no other rank waits in vain."""
-    return _seal(_FAILURE, 0, round, 0.0, text.encode())
+    data = np.frombuffer(bytearray(HEADER_BYTES) + text.encode(), np.uint8)
+    _seal(data, _FAILURE, 0, round, 0.0)
+    return data
 
 
 def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
@@ -175,25 +180,27 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     body = buffer[HEADER_BYTES:]
     if len(body) != length:
         raise WireError(f"message of {length} bytes arrived with {len(body)}: truncated or run together")
-    if checksum != _checksum(buffer[: HEADER_BYTES - 4].data, body.data):
+    if checksum != _checksum(buffer):
         raise WireError("message is corrupted: its checksum does not match")
     if kind == _FAILURE:
         return Packet(round, [], [], energy, bytes(body).decode(errors="replace"))
     if kind != _MESSAGES:
         raise WireError(f"unknown kind of packet {kind}")
     entries, offset = _read_table(body.data, count)
-    # A copy: received buffers are reused, and bytes are read-only.
-    streams = torch.from_numpy(body[offset:].copy()).to(device)
+    # Messages have storage of their own, since received buffers are reused; torch takes none that is read-only.
+    streams = torch.from_numpy(np.require(body[offset:], requirements="W")).to(device)
     return Packet(round, [e.id for e in entries], _decode_streams(entries, streams), energy)
 
 
-def _seal(kind: int, count: int, round: int, energy: float, body: bytes) -> Bytes:
-    head = _HEADER.pack(_MAGIC, VERSION, kind, 0, count, round, energy, len(body), 0)[:-4]
-    return np.frombuffer(head + struct.pack("<I", _checksum(head, body)) + body, np.uint8)
+def _seal(data: Bytes, kind: int, count: int, round: int, energy: float) -> None:
+    """Fill in the header in front of a body."""
+    _HEADER.pack_into(data.data, 0, _MAGIC, VERSION, kind, 0, count, round, energy, len(data) - HEADER_BYTES, 0)
+    struct.pack_into("<I", data.data, HEADER_BYTES - 4, _checksum(data))
 
 
-def _checksum(head: bytes | memoryview, body: bytes | memoryview) -> int:
-    return zlib.crc32(body, zlib.crc32(head))
+def _checksum(data: Bytes) -> int:
+    """CRC-32 of all but the checksum."""
+    return zlib.crc32(data[HEADER_BYTES:].data, zlib.crc32(data[: HEADER_BYTES - 4].data))
 
 
 # Encoding
@@ -272,45 +279,10 @@ def _rice_parameter(numel: int, count: int) -> int:
     return min(max(0, 1 + math.floor(math.log2(ratio))), MAX_WIDTH)
 
 
-def _encode_indices(
-    entries: list[_Entry], indices: list[Tensor], device: torch.device
-) -> tuple[Tensor, Tensor, dict[int, int]]:
-    """The two index streams, and how many unary bits each id takes."""
-    flat = torch.cat([i.to(device) for i in indices]) if indices else torch.empty(0, dtype=torch.int64, device=device)
-    owner, starts = _owners([e.count for e in entries], device)
-    remainder, is_rice, numel = _per_element(owner, entries)
-
-    previous = torch.cat([flat.new_full((1,), -1), flat[:-1]])[: len(flat)]
-    previous[starts] = -1
-    gaps = flat - previous - 1
-    quotients = torch.where(is_rice, gaps >> remainder, 0)
-    fields = torch.where(is_rice, gaps & ((1 << remainder) - 1), flat)
-
-    unary = torch.zeros(len(entries) + 1, dtype=torch.int64, device=device)
-    unary.index_add_(0, owner, torch.where(is_rice, quotients + 1, 0))
-    unary[-1] = ((gaps < 0) | (flat >= numel)).sum()
-    *unary_bits, wrong = unary.tolist()
-    if wrong:
-        raise ValueError("a message's indices must be strictly ascending and below the tensor's size")
-    unary_stream = pack_unary(quotients[is_rice], sum(unary_bits))
-    fixed_stream = pack_fields(fields, remainder, sum(e.count * e.parameter for e in entries))
-    return unary_stream, fixed_stream, {e.id: bits for e, bits in zip(entries, unary_bits, strict=True)}
-
-
-def _owners(counts: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each element the position of its message, and where the non-empty messages start."""
-    sizes = torch.tensor(counts, dtype=torch.int64)
-    owner = torch.repeat_interleave(torch.arange(len(counts)), sizes)
-    starts = (torch.cumsum(sizes, 0) - sizes)[sizes > 0]
-    return owner.to(device), starts.to(device)
-
-
-def _per_element(owner: Tensor, entries: list[_Entry]) -> tuple[Tensor, Tensor, Tensor]:
-    """Coding parameter, whether Rice coded, and tensor size, for each element."""
-    columns = torch.tensor(
-        [[e.parameter, e.support == _RICE, e.numel] for e in entries], dtype=torch.int64, device=owner.device
-    ).reshape(-1, 3)[owner]
-    return columns[:, 0], columns[:, 1] == 1, columns[:, 2]
+def _index_table(entries: list[_Entry]) -> Tensor:
+    """See :mod:`.indices`."""
+    rows = [[e.count, e.parameter, e.support == _RICE, e.numel] for e in entries]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
 
 
 def _shares(entries: list[_Entry], rows: list[bytes], unary_bits: dict[int, int]) -> list[int]:
@@ -424,7 +396,7 @@ def _decode_streams(entries: list[_Entry], streams: Tensor) -> list[Message]:
     if unary_bytes < 0:
         raise WireError(f"the table asks for {-unary_bytes} bytes more than the message has")
     unary, fixed, levels, rest = streams.split([unary_bytes, fixed_bytes, sum(level_bytes), float_bytes])
-    indices = iter(_decode_indices(coded, unary, fixed))
+    indices = iter(decode_indices(unary, fixed, _index_table(coded)).split([e.count for e in coded]))
     floats = _decode_floats(entries, rest)
     messages = []
     for entry, packed, numbers in zip(entries, levels.split(level_bytes), floats, strict=True):
@@ -455,29 +427,6 @@ def _decode_values(entry: _Entry, packed: Tensor, floats: Tensor) -> Values:
     else:
         values = Codebook(levels, floats)
     return values if entry.rotation is None else Rotated(values, entry.rotation, entry.count)
-
-
-def _decode_indices(entries: list[_Entry], unary: Tensor, fixed: Tensor) -> list[Tensor]:
-    owner, starts = _owners([e.count for e in entries], unary.device)
-    remainder, is_rice, numel = _per_element(owner, entries)
-    expected = sum(e.count for e in entries if e.support == _RICE)
-    runs = unpack_unary(unary)
-    if len(runs) != expected or len(unary) != (int(runs.sum()) + expected + 7) // 8:
-        raise WireError(f"the message has {len(runs)} index gaps where its table says {expected}")
-    fields = unpack_fields(fixed, remainder)
-
-    steps = torch.zeros_like(fields)
-    steps[is_rice] = (runs << remainder[is_rice]) + fields[is_rice] + 1
-    sums = torch.cumsum(steps, 0)
-    base = torch.zeros(len(entries), dtype=torch.int64, device=fields.device)
-    base[owner[starts]] = sums[starts] - steps[starts]
-    flat = torch.where(is_rice, sums - base[owner] - 1, fields)
-
-    previous = torch.cat([flat.new_full((1,), -1), flat[:-1]])[: len(flat)]
-    previous[starts] = -1
-    if bool(((flat <= previous) | (flat >= numel)).any()):
-        raise WireError("the message's indices are not strictly ascending and below the tensor's size")
-    return list(flat.split([e.count for e in entries]))
 
 
 def _decode_floats(entries: list[_Entry], stream: Tensor) -> list[Tensor]:

@@ -1,0 +1,70 @@
+// Loops over whole tensors. Each equals, bit for bit, a torch expression in the Python package, which is its
+// definition; module.cpp checks what Python hands over, so that pointers and lengths are right here.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace hvd {
+
+static_assert(sizeof(float) == 4 && sizeof(double) == 8, "IEEE 754 floats");
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bit streams are written as little-endian words"
+#endif
+
+using Index = std::int64_t;
+
+// top_k.cpp
+enum class VectorUnit { portable, avx2, avx512 };
+
+// Those that this machine has, the best one first. Others must not be asked for.
+std::vector<VectorUnit> vector_units();
+
+// The k (1 <= k <= d) largest magnitudes of x[d], ascending by index; among equals the lowest index wins, NaN counts as
+// infinite. The result does not depend on the vector unit, nor on the number of threads.
+template <class Float>
+void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values);
+
+// vectors.cpp
+template <class Float>
+void swap_add(Float* memory, Float* gradient, Index n, Float decay, int threads);
+
+template <class Float>
+bool is_finite(const Float* x, Index n, int threads);
+
+// flat[indices[i]] += alpha * values[i], in order. Throws std::out_of_range before anything is written.
+template <class Float>
+void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha);
+
+// streams.cpp. One message's place in the index streams; see wire/indices.py.
+struct Row {
+    Index count;      // indices
+    Index parameter;  // bits of a Rice remainder, or of a whole index
+    Index rice;       // 1: Rice coded gaps, 0: whole indices
+    Index numel;      // of the tensor
+};
+
+constexpr int kMaxWidth = 31;  // bits of a field
+
+// Checks the indices of all rows and says how many unary bits each row takes. Throws std::invalid_argument.
+std::vector<Index> unary_bits(const Index* indices, const Row* rows, Index messages);
+
+// Fills both streams, whose lengths follow from unary_bits and the rows.
+void encode_indices(const Index* indices, const Row* rows, Index messages, std::uint8_t* unary,
+                    std::size_t unary_bytes, std::uint8_t* fixed, std::size_t fixed_bytes);
+
+// Reads nothing outside the streams and writes nothing outside `indices`, whatever the streams hold. Throws
+// std::invalid_argument unless they hold exactly the ascending indices that the rows announce.
+void decode_indices(const std::uint8_t* unary, std::size_t unary_bytes, const std::uint8_t* fixed,
+                    std::size_t fixed_bytes, const Row* rows, Index messages, Index* indices);
+
+// Levels of 1 to 16 bits, one after the other, lowest bit first; ceil(count * bits / 8) bytes.
+template <class Level>
+void pack_levels(const Level* levels, Index count, int bits, std::uint8_t* packed);
+
+template <class Level>
+void unpack_levels(const std::uint8_t* packed, Index count, int bits, Level* levels);
+
+}  // namespace hvd

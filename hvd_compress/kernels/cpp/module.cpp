@@ -1,0 +1,211 @@
+// The Python side of the kernels. Arrays are taken as they are, contiguous and of the right type, or refused with a
+// TypeError; lengths are checked here. No kernel holds the interpreter's lock.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace hvd;
+using py::literals::operator""_a;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;  // with noconvert(): no copies, no other types
+using Bytes = Array<std::uint8_t>;
+
+void require(bool holds, const std::string& otherwise) {
+    if (!holds) throw std::invalid_argument(otherwise);
+}
+
+void require_vector(const py::array& array, const char* name) {
+    require(array.ndim() == 1, std::string(name) + " must have one dimension, not " + std::to_string(array.ndim()));
+}
+
+template <class Float>
+py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit unit) {
+    static const std::vector<VectorUnit> units = vector_units();
+    require_vector(flat, "flat");
+    require(std::find(units.begin(), units.end(), unit) != units.end(), "this machine does not have that vector unit");
+    require(1 <= k && k <= flat.size(), "k must be 1 to " + std::to_string(flat.size()) + ", got " + std::to_string(k));
+    Array<Index> indices(k);
+    Array<Float> values(k);
+    const Float* x = flat.data();
+    Index* i = indices.mutable_data();
+    Float* v = values.mutable_data();
+    const Index d = flat.size();
+    {
+        py::gil_scoped_release released;
+        top_k(x, d, k, threads, unit, i, v);
+    }
+    return py::make_tuple(std::move(indices), std::move(values));
+}
+
+template <class Float>
+void swap_add_of(Array<Float>& memory, Array<Float>& gradient, Float decay, int threads) {
+    require_vector(memory, "memory");
+    require_vector(gradient, "gradient");
+    require(memory.size() == gradient.size(), "memory and gradient must be of one length");
+    Float *m = memory.mutable_data(), *g = gradient.mutable_data();
+    const Index n = memory.size();
+    require(m + n <= g || g + n <= m, "memory and gradient must not overlap");
+    py::gil_scoped_release released;
+    swap_add(m, g, n, decay, threads);
+}
+
+template <class Float>
+bool is_finite_of(const Array<Float>& flat, int threads) {
+    const Float* x = flat.data();
+    const Index n = flat.size();
+    py::gil_scoped_release released;
+    return is_finite(x, n, threads);
+}
+
+template <class Float>
+void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Float>& values, Float alpha) {
+    require_vector(flat, "flat");
+    require_vector(indices, "indices");
+    require_vector(values, "values");
+    require(indices.size() == values.size(), "indices and values must be of one length");
+    Float* x = flat.mutable_data();
+    const Index *i = indices.data(), n = flat.size(), count = indices.size();
+    const Float* v = values.data();
+    py::gil_scoped_release released;
+    add_at(x, n, i, v, count, alpha);
+}
+
+struct Table {
+    const Row* rows;
+    Index messages;
+    Index count = 0;        // indices of all rows
+    Index fixed_bytes = 0;  // of the fields of all rows
+};
+
+// `most`: how many indices there can be; a table from another rank may say anything.
+Table table_of(const Array<Index>& table, Index most) {
+    require(table.ndim() == 2 && table.shape(1) == 4, "the table must have four columns");
+    Table result{reinterpret_cast<const Row*>(table.data()), table.shape(0)};
+    Index bits = 0;
+    for (Index m = 0; m < result.messages; ++m) {
+        const Row& row = result.rows[m];
+        require(0 <= row.count && row.count <= most - result.count, "the table's counts are impossible");
+        require(0 <= row.parameter && row.parameter <= kMaxWidth, "a field has 0 to 31 bits");
+        require(0 <= row.numel && row.numel < Index{1} << 62, "a tensor has 0 to 2^62 elements");
+        result.count += row.count;
+        bits += row.count * row.parameter;
+    }
+    result.fixed_bytes = (bits + 7) / 8;
+    return result;
+}
+
+py::tuple encode_indices_of(const Array<Index>& indices, const Array<Index>& rows) {
+    require_vector(indices, "indices");
+    const Table table = table_of(rows, indices.size());
+    require(table.count == indices.size(), "the table's counts do not add up to the number of indices");
+    const Index* from = indices.data();
+    std::vector<Index> bits;
+    {
+        py::gil_scoped_release released;
+        bits = unary_bits(from, table.rows, table.messages);
+    }
+    const Index unary_bytes = (std::accumulate(bits.begin(), bits.end(), Index{0}) + 7) / 8;
+    Bytes unary(unary_bytes), fixed(table.fixed_bytes);
+    std::uint8_t *u = unary.mutable_data(), *f = fixed.mutable_data();
+    {
+        py::gil_scoped_release released;
+        encode_indices(from, table.rows, table.messages, u, unary_bytes, f, table.fixed_bytes);
+    }
+    return py::make_tuple(std::move(unary), std::move(fixed), std::move(bits));
+}
+
+Array<Index> decode_indices_of(const Bytes& unary, const Bytes& fixed, const Array<Index>& rows) {
+    require_vector(unary, "unary");
+    require_vector(fixed, "fixed");
+    constexpr Index most = Index{1} << 56;  // so that bits can be counted
+    const Table table = table_of(rows, most);
+    require(table.fixed_bytes == fixed.size(), "the table asks for other fields than there are");
+    Array<Index> indices(table.count);
+    const std::uint8_t *u = unary.data(), *f = fixed.data();
+    const std::size_t unary_bytes = unary.size(), fixed_bytes = fixed.size();
+    Index* to = indices.mutable_data();
+    {
+        py::gil_scoped_release released;
+        decode_indices(u, unary_bytes, f, fixed_bytes, table.rows, table.messages, to);
+    }
+    return indices;
+}
+
+void require_bits(int bits, int most) {
+    require(1 <= bits && bits <= most, "levels have 1 to " + std::to_string(most) + " bits, not " + std::to_string(bits));
+}
+
+template <class Level>
+Bytes pack_levels_of(const Array<Level>& levels, int bits) {
+    require_vector(levels, "levels");
+    require_bits(bits, 16);
+    const Index count = levels.size();
+    Bytes packed((count * bits + 7) / 8);
+    const Level* from = levels.data();
+    std::uint8_t* to = packed.mutable_data();
+    {
+        py::gil_scoped_release released;
+        pack_levels(from, count, bits, to);
+    }
+    return packed;
+}
+
+template <class Level>
+py::array unpack_levels_to(const std::uint8_t* from, Index count, int bits) {
+    Array<Level> levels(count);
+    Level* to = levels.mutable_data();
+    {
+        py::gil_scoped_release released;
+        unpack_levels(from, count, bits, to);
+    }
+    return levels;
+}
+
+py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
+    require_vector(packed, "packed");
+    require_bits(bits, 16);
+    require(0 <= count && count <= packed.size() * 8 && packed.size() == (count * bits + 7) / 8,
+            "the packed bytes are not as many as the levels take");
+    const std::uint8_t* from = packed.data();
+    return bits <= 8 ? unpack_levels_to<std::uint8_t>(from, count, bits) : unpack_levels_to<Index>(from, count, bits);
+}
+
+template <class Float>
+void bind_floats(py::module_& module) {
+    module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
+    module.def("swap_add", &swap_add_of<Float>, "memory"_a.noconvert(), "gradient"_a.noconvert(), "decay"_a,
+               "threads"_a);
+    module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
+    module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
+               "alpha"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    py::enum_<VectorUnit>(module, "VectorUnit")
+        .value("AVX512", VectorUnit::avx512)
+        .value("AVX2", VectorUnit::avx2)
+        .value("PORTABLE", VectorUnit::portable);
+    module.def("vector_units", &vector_units);
+    bind_floats<float>(module);
+    bind_floats<double>(module);
+    module.def("encode_indices", &encode_indices_of, "indices"_a.noconvert(), "table"_a.noconvert());
+    module.def("decode_indices", &decode_indices_of, "unary"_a.noconvert(), "fixed"_a.noconvert(),
+               "table"_a.noconvert());
+    module.def("pack_levels", &pack_levels_of<std::uint8_t>, "levels"_a.noconvert(), "bits"_a);
+    module.def("pack_levels", &pack_levels_of<Index>, "levels"_a.noconvert(), "bits"_a);
+    module.def("unpack_levels", &unpack_levels_of, "packed"_a.noconvert(), "bits"_a, "count"_a);
+}

@@ -1,0 +1,232 @@
+// Bits in bytes, lowest first. Received streams and tables are not trusted: every read and write is bounded by the
+// lengths that were handed over, every number is checked before it is used in arithmetic.
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace hvd {
+namespace {
+
+using Byte = std::uint8_t;
+using Word = std::uint64_t;
+
+Word low_bits(int width) { return (Word{1} << width) - 1; }  // width < 64
+
+class FieldWriter {
+public:
+    FieldWriter(Byte* begin, std::size_t size) : next_(begin), end_(begin + size) {}
+
+    void put(Word field, int width) {  // field < 2^width, width <= 31
+        pending_ |= field << filled_;
+        filled_ += width;
+        // Always, since whether a byte is full is hard to predict; what is not full is written again.
+        if (end_ - next_ >= 8) {
+            std::memcpy(next_, &pending_, 8);
+        } else {
+            std::memcpy(next_, &pending_, end_ - next_);
+        }
+        next_ += filled_ >> 3;
+        pending_ >>= filled_ & ~7;
+        filled_ &= 7;
+    }
+
+private:
+    Byte* next_;
+    Byte* end_;
+    Word pending_ = 0;
+    int filled_ = 0;
+};
+
+class FieldReader {
+public:
+    FieldReader(const Byte* begin, std::size_t size) : begin_(begin), size_(size) {}
+
+    Word take(int width) {  // width <= 31; zeros behind the end
+        const std::size_t byte = position_ >> 3;
+        Word window = 0;
+        if (byte + 8 <= size_) {
+            std::memcpy(&window, begin_ + byte, 8);
+        } else if (byte < size_) {
+            std::memcpy(&window, begin_ + byte, size_ - byte);
+        }
+        window >>= position_ & 7;
+        position_ += width;
+        return window & low_bits(width);
+    }
+
+private:
+    const Byte* begin_;
+    std::size_t size_;
+    std::size_t position_ = 0;  // in bits
+};
+
+class UnaryReader {
+public:
+    UnaryReader(const Byte* begin, std::size_t size) : begin_(begin), size_(size) { load(); }
+
+    // Position of the next 1 bit, or -1 when none is left.
+    Index next() {
+        while (!pending_) {
+            at_ += 8;
+            if (at_ >= size_) return -1;
+            load();
+        }
+        const int bit = __builtin_ctzll(pending_);
+        pending_ &= pending_ - 1;
+        return static_cast<Index>(at_ * 8) + bit;
+    }
+
+private:
+    void load() {
+        pending_ = 0;
+        if (at_ < size_) std::memcpy(&pending_, begin_ + at_, std::min<std::size_t>(8, size_ - at_));
+    }
+
+    const Byte* begin_;
+    std::size_t size_;
+    std::size_t at_ = 0;
+    Word pending_ = 0;
+};
+
+// Eight levels of `bits` bits, one in each byte of a word, moved together, and back.
+Word squeeze(Word eight, int bits) {
+    eight = (eight & 0x00FF00FF00FF00FFull) | (eight & 0xFF00FF00FF00FF00ull) >> (8 - bits);
+    eight = (eight & 0x0000FFFF0000FFFFull) | (eight & 0xFFFF0000FFFF0000ull) >> (16 - 2 * bits);
+    return (eight & 0x00000000FFFFFFFFull) | (eight & 0xFFFFFFFF00000000ull) >> (32 - 4 * bits);
+}
+
+Word spread(Word packed, int bits) {
+    const Word four = low_bits(4 * bits), two = low_bits(2 * bits), one = low_bits(bits);
+    packed = (packed & four) | (packed >> (4 * bits) & four) << 32;
+    packed = (packed & (two | two << 32)) | (packed >> (2 * bits) & (two | two << 32)) << 16;
+    const Word each = one | one << 16 | one << 32 | one << 48;
+    return (packed & each) | (packed >> bits & each) << 8;
+}
+
+[[noreturn]] void wrong_indices() {
+    throw std::invalid_argument("indices must be strictly ascending and below the tensor's size");
+}
+
+}  // namespace
+
+std::vector<Index> unary_bits(const Index* indices, const Row* rows, Index messages) {
+    std::vector<Index> result(messages, 0);
+    for (Index m = 0; m < messages; ++m) {
+        const Row row = rows[m];
+        Index previous = -1;
+        Word quotients = 0;
+        bool wrong = false;
+        for (Index i = 0; i < row.count; ++i) {
+            const Index index = indices[i];
+            wrong |= index <= previous;
+            // Unsigned, since wrong indices, which are refused below, may be anything.
+            quotients += (static_cast<Word>(index) - static_cast<Word>(previous) - 1) >> row.parameter;
+            previous = index;
+        }
+        if (wrong || previous >= row.numel) wrong_indices();
+        if (row.rice) result[m] = static_cast<Index>(quotients) + row.count;
+        indices += row.count;
+    }
+    return result;
+}
+
+void encode_indices(const Index* indices, const Row* rows, Index messages, Byte* unary, std::size_t unary_bytes,
+                    Byte* fixed, std::size_t fixed_bytes) {
+    std::memset(unary, 0, unary_bytes);
+    FieldWriter fields(fixed, fixed_bytes);
+    Word bit = 0;  // in the unary stream
+    for (Index m = 0; m < messages; ++m) {
+        const Row row = rows[m];
+        const int width = static_cast<int>(row.parameter);
+        Index previous = -1;
+        for (Index i = 0; i < row.count; ++i) {
+            const Index index = indices[i];
+            if (row.rice) {
+                const Word gap = static_cast<Word>(index - previous - 1);
+                bit += gap >> width;
+                unary[bit >> 3] |= static_cast<Byte>(1u << (bit & 7));
+                ++bit;
+                fields.put(gap & low_bits(width), width);
+                previous = index;
+            } else {
+                fields.put(static_cast<Word>(index), width);
+            }
+        }
+        indices += row.count;
+    }
+}
+
+void decode_indices(const Byte* unary, std::size_t unary_bytes, const Byte* fixed, std::size_t fixed_bytes,
+                    const Row* rows, Index messages, Index* indices) {
+    UnaryReader runs(unary, unary_bytes);
+    FieldReader fields(fixed, fixed_bytes);
+    Index last = -1;  // position of the last 1 bit
+    for (Index m = 0; m < messages; ++m) {
+        const Row row = rows[m];
+        const int width = static_cast<int>(row.parameter);
+        Index previous = -1;
+        for (Index i = 0; i < row.count; ++i) {
+            Index index;
+            if (row.rice) {
+                const Index one = runs.next();
+                if (one < 0) throw std::invalid_argument("there are fewer index gaps than the table says");
+                const Index quotient = one - last - 1;
+                last = one;
+                if (quotient > row.numel >> width) wrong_indices();
+                index = previous + 1 + (quotient << width | static_cast<Index>(fields.take(width)));
+            } else {
+                index = static_cast<Index>(fields.take(width));
+            }
+            if (index <= previous || index >= row.numel) wrong_indices();
+            *indices++ = previous = index;
+        }
+    }
+    if (runs.next() >= 0 || static_cast<std::size_t>(last + 8) / 8 != unary_bytes) {
+        throw std::invalid_argument("there are more index gaps than the table says");
+    }
+}
+
+template <class Level>
+void pack_levels(const Level* levels, Index count, int bits, Byte* packed) {
+    const std::size_t size = (static_cast<std::size_t>(count) * bits + 7) / 8;
+    Index i = 0;
+    if (sizeof(Level) == 1 && bits <= 8) {
+        for (Byte* next = packed; i + 8 <= count && next + 8 <= packed + size; i += 8, next += bits) {
+            Word eight;
+            std::memcpy(&eight, levels + i, 8);
+            eight = squeeze(eight, bits);
+            std::memcpy(next, &eight, 8);  // what is too much is overwritten next
+        }
+    }
+    const std::size_t done = static_cast<std::size_t>(i) / 8 * bits;
+    FieldWriter rest(packed + done, size - done);
+    for (; i < count; ++i) rest.put(static_cast<Word>(levels[i]), bits);
+}
+
+template <class Level>
+void unpack_levels(const Byte* packed, Index count, int bits, Level* levels) {
+    const std::size_t size = (static_cast<std::size_t>(count) * bits + 7) / 8;
+    Index i = 0;
+    if (sizeof(Level) == 1 && bits <= 8) {
+        for (const Byte* next = packed; i + 8 <= count && next + 8 <= packed + size; i += 8, next += bits) {
+            Word eight;
+            std::memcpy(&eight, next, 8);
+            eight = spread(eight, bits);
+            std::memcpy(levels + i, &eight, 8);
+        }
+    }
+    const std::size_t done = static_cast<std::size_t>(i) / 8 * bits;
+    FieldReader rest(packed + done, size - done);
+    for (; i < count; ++i) levels[i] = static_cast<Level>(rest.take(bits));
+}
+
+template void pack_levels(const std::uint8_t*, Index, int, Byte*);
+template void pack_levels(const std::int64_t*, Index, int, Byte*);
+template void unpack_levels(const Byte*, Index, int, std::uint8_t*);
+template void unpack_levels(const Byte*, Index, int, std::int64_t*);
+
+}  // namespace hvd

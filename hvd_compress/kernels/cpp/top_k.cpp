@@ -1,0 +1,297 @@
+// One pass over memory: a small sample suggests a threshold, what reaches it is collected, and the exact selection runs
+// among the collected. Should they become too many, all but the k best so far are dropped and the threshold rises to
+// the k-th of them, so that no input takes much longer than another. Should they be fewer than k, the pass is repeated
+// without a threshold.
+//
+// Magnitudes are compared as integers: without its sign bit, the bits of an IEEE float have the float's order. NaN lies
+// above infinity there and is brought down to it.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "kernels.h"
+#include "threads.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HVD_X86 1
+#endif
+
+namespace hvd {
+namespace {
+
+using Word32 = std::uint32_t;
+using Word64 = std::uint64_t;
+
+template <class Word>
+constexpr Word kNoSign = static_cast<Word>(~Word{0}) >> 1;
+template <class Word>
+constexpr Word kInfinity = sizeof(Word) == 4 ? Word(0x7F800000u) : Word(0x7FF0000000000000ull);
+
+template <class Word>
+Word magnitude(Word bits) {
+    return std::min<Word>(bits & kNoSign<Word>, kInfinity<Word>);
+}
+
+constexpr Index kBlock = 4096;  // elements between two looks at how many were collected
+constexpr Index kOverrun = 16;  // a vector store writes so far beyond what it keeps
+
+// Elements that may be among the k best: a contiguous part of the tensor, those that reached a threshold.
+template <class Word>
+struct Candidates {
+    Candidates(const Word* part, Index size, Index k)
+        : x(part), length(size), capacity(std::min(size + kBlock, 2 * (k + kBlock))),
+          bits(new Word[capacity + kOverrun]), place(new Word[capacity + kOverrun]) {}
+
+    const Word* x;
+    Index length;
+    Index capacity;
+    Index count = 0;
+    std::unique_ptr<Word[]> bits;   // as they are in x, sign included
+    std::unique_ptr<Word[]> place;  // in x, ascending
+};
+
+// Appends the elements x[base + i] whose bit i is set. Four at a time and without asking whether there are as many: a
+// branch would be mispredicted about as often as there are candidates.
+template <class Word>
+inline Index append(Word64 found, const Word* x, Index base, Word* bits, Word* place, Index count) {
+    const Index total = count + __builtin_popcountll(found);
+    do {
+        for (int j = 0; j < 4; ++j, ++count) {
+            const Index at = base + __builtin_ctzll(found | Word64{1} << 63);
+            bits[count] = x[at];
+            place[count] = static_cast<Word>(at);
+            found &= found - 1;
+        }
+    } while (count < total);
+    return total;
+}
+
+// Appends what reaches the threshold in x[begin, end) to bits and place; returns the new count.
+template <class Word>
+Index collect_portably(const Word* x, Index begin, Index end, Word threshold, Word* bits, Word* place, Index count) {
+    for (Index i = begin; i < end; ++i) {
+        bits[count] = x[i];
+        place[count] = static_cast<Word>(i);
+        count += (x[i] & kNoSign<Word>) >= threshold;
+    }
+    return count;
+}
+
+#ifdef HVD_X86
+__attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(const Word32* x, Index begin, Index end,
+                                                              Word32 threshold, Word32* bits, Word32* place,
+                                                              Index count) {
+    const __m256i no_sign = _mm256_set1_epi32(static_cast<int>(kNoSign<Word32>));
+    const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold) - 1);  // signed: -1 is below everything
+    Index i = begin;
+    for (; i + 64 <= end; i += 64) {
+        Word64 found = 0;
+        for (int j = 0; j < 64; j += 8) {
+            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + j));
+            const __m256i reaches = _mm256_cmpgt_epi32(_mm256_and_si256(v, no_sign), below);
+            found |= Word64(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)) & 0xFF) << j;
+        }
+        count = append(found, x, i, bits, place, count);
+    }
+    return collect_portably(x, i, end, threshold, bits, place, count);
+}
+
+__attribute__((target("avx512f,popcnt,bmi"))) Index collect_avx512(const Word32* x, Index begin, Index end,
+                                                                   Word32 threshold, Word32* bits, Word32* place,
+                                                                   Index count) {
+    const __m512i no_sign = _mm512_set1_epi32(static_cast<int>(kNoSign<Word32>));
+    const __m512i least = _mm512_set1_epi32(static_cast<int>(threshold));
+    Index i = begin;
+    for (; i + 64 <= end; i += 64) {
+        Word64 found = 0;
+        for (int j = 0; j < 64; j += 16) {
+            const __m512i v = _mm512_loadu_si512(x + i + j);
+            found |= Word64{_mm512_cmpge_epu32_mask(_mm512_and_si512(v, no_sign), least)} << j;
+        }
+        count = append(found, x, i, bits, place, count);
+    }
+    return collect_portably(x, i, end, threshold, bits, place, count);
+}
+#endif
+
+template <class Word>
+using Collect = Index (*)(const Word*, Index, Index, Word, Word*, Word*, Index);
+
+Collect<Word32> collect_with(VectorUnit unit, Word32) {
+#ifdef HVD_X86
+    if (unit == VectorUnit::avx512) return collect_avx512;
+    if (unit == VectorUnit::avx2) return collect_avx2;
+#endif
+    static_cast<void>(unit);
+    return collect_portably<Word32>;
+}
+
+Collect<Word64> collect_with(VectorUnit, Word64) { return collect_portably<Word64>; }
+
+template <class Word>
+struct Kth {
+    Word value;   // the k-th largest magnitude
+    Index above;  // how many are larger
+};
+
+template <class Word>
+struct Span {
+    const Word* bits;
+    Index count;
+};
+
+// How many magnitudes with the given prefix have each digit, added to `counts`. Four histograms in turn, since a counter
+// that was just written cannot be read again at once, and magnitudes crowd at a few.
+template <class Word>
+void count_digits(const Span<Word>& span, int shift, Word prefix, Index* counts) {
+    std::uint32_t lanes[4][256] = {};
+    const Word* bits = span.bits;
+    const auto count = [&](Index i, int lane) {
+        const Word head = magnitude(bits[i]) >> shift;
+        lanes[lane][head & 0xFF] += (head >> 8) == prefix;  // no branch, which would often be mispredicted
+    };
+    Index i = 0;
+    for (; i + 4 <= span.count; i += 4) {
+        for (int lane = 0; lane < 4; ++lane) count(i + lane, lane);
+    }
+    for (; i < span.count; ++i) count(i, 0);
+    for (int value = 0; value < 256; ++value) {
+        counts[value] += Index{lanes[0][value]} + lanes[1][value] + lanes[2][value] + lanes[3][value];
+    }
+}
+
+// By radix: the digits of the k-th largest are found from the highest on. Those below `precision` bits may be left out,
+// which makes the value a little too small.
+template <class Word>
+Kth<Word> kth_largest(const Span<Word>* spans, std::size_t size, Index k, int precision = 0) {
+    Word prefix = 0;
+    Index above = 0;
+    for (int shift = 8 * sizeof(Word) - 8; shift >= precision; shift -= 8) {
+        Index counts[256] = {};
+        for (std::size_t s = 0; s < size; ++s) count_digits(spans[s], shift, prefix, counts);
+        Word value = 0xFF;
+        while (above + counts[value] < k) above += counts[value--];
+        prefix = prefix << 8 | value;
+    }
+    return {prefix << precision, above};
+}
+
+// Drops the candidates below the k-th, and those of its magnitude behind the first `equals`, of which it returns how
+// many are left to keep.
+template <class Word>
+Index drop_below(Candidates<Word>& c, Word kth, Index equals) {
+    Word* const bits = c.bits.get();
+    Word* const place = c.place.get();
+    const Index count = c.count;
+    Index kept = 0;
+    for (Index i = 0; i < count; ++i) {
+        const Word m = magnitude(bits[i]);
+        const Index equal = (m == kth) & (equals > 0);
+        bits[kept] = bits[i];
+        place[kept] = place[i];
+        kept += (m > kth) | equal;
+        equals -= equal;
+    }
+    c.count = kept;
+    return equals;
+}
+
+// Drops all but the k best; returns a threshold that only better ones than those reach. Later equals lose to them.
+template <class Word>
+Word keep_best(Candidates<Word>& c, Index k) {
+    const Span<Word> span{c.bits.get(), c.count};
+    const Kth<Word> kth = kth_largest(&span, 1, k);
+    drop_below(c, kth.value, k - kth.above);
+    return kth.value + 1;
+}
+
+template <class Word>
+void collect_all(Candidates<Word>& c, Index k, Word threshold, Collect<Word> collect) {
+    c.count = 0;
+    for (Index begin = 0; begin < c.length; begin += kBlock) {
+        if (c.count + kBlock > c.capacity) threshold = keep_best(c, k);
+        const Index end = std::min(begin + kBlock, c.length);
+        c.count = collect(c.x, begin, end, threshold, c.bits.get(), c.place.get(), c.count);
+    }
+}
+
+// A magnitude that k elements or a few more most likely reach. The sample is made of short runs, which cost one look
+// at memory each, at places without a period, since the elements of a tensor often have one.
+template <class Word>
+Word likely_threshold(const Word* x, Index d, Index k) {
+    constexpr Index run = 4, most_runs = 1024, one_of = 16;
+    const Index runs = std::min(d / (one_of * run), most_runs);
+    if (runs < 16) return 0;
+    const Index stride = d / runs, taken = runs * run;
+    const double expected = static_cast<double>(taken) * static_cast<double>(k) / static_cast<double>(d);
+    const Index rank = static_cast<Index>(expected + 3 * __builtin_sqrt(expected)) + 3;
+    if (rank >= taken) return 0;
+    Word sample[most_runs * run];
+    for (Index r = 0; r < runs; ++r) {
+        const Word64 scattered = (static_cast<Word64>(r) * 0x9E3779B97F4A7C15ull) >> 32;  // in [0, 2^32)
+        const Index within = static_cast<Index>((scattered * static_cast<Word64>(stride - run + 1)) >> 32);
+        std::memcpy(sample + r * run, x + r * stride + within, run * sizeof(Word));
+    }
+    const Span<Word> span{sample, taken};
+    constexpr int precision = sizeof(Word) == 4 ? 16 : 40;  // leaves seven bits of a float's mantissa, or twelve
+    return kth_largest(&span, 1, rank, precision).value;
+}
+
+template <class Word>
+void top_k_words(const Word* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Word* values) {
+    const Collect<Word> collect = collect_with(unit, Word{});
+    // Places are of the word's width, so a part has less than 2^31 elements.
+    const Index parts = std::max(parts_of(d, threads), (d >> 30) + 1), size = (d + parts - 1) / parts;
+    std::vector<Candidates<Word>> candidates;
+    candidates.reserve(parts);
+    for (Index begin = 0; begin < d; begin += size) candidates.emplace_back(x + begin, std::min(size, d - begin), k);
+    std::vector<Span<Word>> spans(candidates.size());
+    Index total = 0;
+    const auto collect_from = [&](Word threshold) {
+        in_parallel(static_cast<Index>(candidates.size()), [&](Index p) { collect_all(candidates[p], k, threshold, collect); });
+        total = 0;
+        for (std::size_t p = 0; p < candidates.size(); ++p) {
+            spans[p] = {candidates[p].bits.get(), candidates[p].count};
+            total += candidates[p].count;
+        }
+    };
+    collect_from(likely_threshold(x, d, k));
+    if (total < k) collect_from(0);
+
+    const Kth<Word> kth = kth_largest(spans.data(), spans.size(), k);
+    Index equals = k - kth.above;
+    for (auto& c : candidates) {
+        equals = drop_below(c, kth.value, equals);
+        for (Index i = 0; i < c.count; ++i) indices[i] = (c.x - x) + static_cast<Index>(c.place[i]);
+        std::copy_n(c.bits.get(), c.count, values);
+        indices += c.count;
+        values += c.count;
+    }
+}
+
+}  // namespace
+
+template <>
+void top_k(const float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, float* values) {
+    top_k_words(reinterpret_cast<const Word32*>(x), d, k, threads, unit, indices, reinterpret_cast<Word32*>(values));
+}
+
+template <>
+void top_k(const double* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, double* values) {
+    top_k_words(reinterpret_cast<const Word64*>(x), d, k, threads, unit, indices, reinterpret_cast<Word64*>(values));
+}
+
+std::vector<VectorUnit> vector_units() {
+    std::vector<VectorUnit> units;
+#ifdef HVD_X86
+    const bool bits = __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
+    if (bits && __builtin_cpu_supports("avx512f")) units.push_back(VectorUnit::avx512);
+    if (bits && __builtin_cpu_supports("avx2")) units.push_back(VectorUnit::avx2);
+#endif
+    units.push_back(VectorUnit::portable);
+    return units;
+}
+
+}  // namespace hvd

@@ -1,0 +1,86 @@
+"""The compiled loops, if they could be built: the only module that imports them.
+
+Each has a torch expression elsewhere that defines it, bit for bit. Who has tensors that :func:`serves` accepts calls
+the loop, who has others evaluates the expression.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _native
+except ImportError as error:
+    _available = False
+    logging.getLogger(__name__).warning(
+        "the compiled kernels are missing (%s): results are the same, but selecting and coding take several times as "
+        "long. With a C++ compiler and pybind11, install hvd_compress again: make env, or pip install "
+        "--no-build-isolation -e .",
+        error,
+    )
+else:
+    _available = True
+    _UNIT = _native.vector_units()[0]
+
+_DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
+
+
+def description() -> str:
+    """Which loops run here, for people: ``"compiled, AVX512"``, ``"compiled, AVX2"`` and the like, or ``"torch"``."""
+    return f"compiled, {_UNIT.name}" if _available else "torch"
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the loops are there and can read ``tensors``: contiguous, on the CPU, and of a dtype they have."""
+    return _available and all(
+        t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() and not t.requires_grad for t in tensors
+    )
+
+
+# The lengths and dtypes of arrays are checked in module.cpp: TypeError for a dtype or a layout that a loop does not
+# have, ValueError and IndexError for lengths and indices.
+
+
+def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``operators.topk.top_k``, and the values at these indices."""
+    indices, values = _native.top_k(flat.numpy(), k, torch.get_num_threads(), _UNIT)
+    return torch.from_numpy(indices), torch.from_numpy(values)
+
+
+def swap_add(memory: Tensor, gradient: Tensor, decay: float) -> None:
+    """:func:`.vectors.swap_add`."""
+    _native.swap_add(memory.numpy(), gradient.numpy(), decay, torch.get_num_threads())
+
+
+def is_finite(flat: Tensor) -> bool:
+    """:func:`.vectors.is_finite`."""
+    return _native.is_finite(flat.numpy(), torch.get_num_threads())
+
+
+def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
+    """:func:`.vectors.add_at`."""
+    _native.add_at(flat.numpy(), indices.numpy(), values.numpy(), alpha)
+
+
+def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """``wire.indices.encode_indices``."""
+    unary, fixed, unary_bits = _native.encode_indices(indices.numpy(), table.numpy())
+    return torch.from_numpy(unary), torch.from_numpy(fixed), unary_bits
+
+
+def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor) -> Tensor:
+    """``wire.indices.decode_indices``, but for a ValueError in place of a WireError."""
+    return torch.from_numpy(_native.decode_indices(unary.numpy(), fixed.numpy(), table.numpy()))
+
+
+def pack_levels(levels: Tensor, bits: int) -> Tensor:
+    """``wire.bits.pack_levels``."""
+    return torch.from_numpy(_native.pack_levels(levels.numpy(), bits))
+
+
+def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
+    """``wire.bits.unpack_levels``."""
+    return torch.from_numpy(_native.unpack_levels(packed.numpy(), bits, count))

@@ -1,0 +1,72 @@
+"""Vectors in place: once over memory where the compiled loops are, several times by the torch expressions below.
+
+The ``…_by_torch`` functions are the definitions; the others equal them bit for bit (a NaN's payload aside).
+"""
+
+import torch
+from torch import Tensor
+
+from . import native
+
+
+def swap_add(memory: Tensor, gradient: Tensor, decay: float = 1.0) -> None:
+    """``memory`` becomes ``decay * memory + gradient``, and ``gradient`` what ``memory`` was; both in place.
+
+    Args:
+        memory: float32 or float64 ``[d]``.
+        gradient: of the same shape, dtype and device; does not overlap ``memory``.
+        decay: the product is rounded before it is added.
+
+    Raises:
+        ValueError: the two are not vectors of one length.
+    """
+    if memory.shape != gradient.shape or memory.dim() != 1:
+        raise ValueError(
+            f"two vectors of one length are needed, got {tuple(memory.shape)} and {tuple(gradient.shape)}"
+        )
+    if native.serves(memory, gradient):
+        native.swap_add(memory, gradient, decay)
+    else:
+        swap_add_by_torch(memory, gradient, decay)
+
+
+def swap_add_by_torch(memory: Tensor, gradient: Tensor, decay: float = 1.0) -> None:
+    """See :func:`swap_add`."""
+    total = (memory * decay).add_(gradient)  # torch.add(…, alpha=decay) rounds once or twice, as the processor has it
+    gradient.copy_(memory)
+    memory.copy_(total)
+
+
+def is_finite(tensor: Tensor) -> Tensor:
+    """Whether no element is inf or NaN: bool of no dimensions, on the tensor's device."""
+    if tensor.is_floating_point() and native.serves(tensor):
+        return torch.tensor(native.is_finite(tensor))
+    return is_finite_by_torch(tensor)
+
+
+def is_finite_by_torch(tensor: Tensor) -> Tensor:
+    """See :func:`is_finite`."""
+    return torch.isfinite(tensor).all()
+
+
+def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) -> None:
+    """``flat[indices[i]] += alpha * values[i]`` for all i, in order and in place.
+
+    Args:
+        flat: float32 or float64 ``[d]``.
+        indices: int64 ``[k]``, 0 ≤ index < d.
+        values: ``[k]``, of the dtype of ``flat``.
+        alpha: the product is rounded before it is added.
+
+    Raises:
+        IndexError: an index is out of bounds (on the CPU).
+    """
+    if native.serves(flat, indices, values):
+        native.add_at(flat, indices, values, alpha)
+    else:
+        add_at_by_torch(flat, indices, values, alpha)
+
+
+def add_at_by_torch(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) -> None:
+    """See :func:`add_at`."""
+    flat.index_add_(0, indices, values, alpha=alpha)
