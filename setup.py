@@ -45,9 +45,10 @@ setup(
     packages=find_packages(include=["hvd_compress", "hvd_compress.*"]),
     package_data={"hvd_compress": ["py.typed", "kernels/_native.pyi"]},
     ext_modules=extensions(),
-    install_requires=["horovod==0.28.1", "mpi4py>=4", "numpy", "torch>=2.1"],
+    entry_points={"console_scripts": ["hvd-compress = hvd_compress.cli:main"]},
+    install_requires=["horovod==0.28.1", "mpi4py>=4", "numpy", "rich", "torch>=2.1"],
     extras_require={
-        "train": ["matplotlib", "pillow", "rich", "scikit-learn", "torchvision", "tqdm"],
+        "train": ["matplotlib", "pillow", "scikit-learn", "torchvision", "tqdm"],
         "slurm": ["submitit>=1.5"],
         "test": ["hypothesis", "mypy", "pytest", "ruff", "types-tqdm"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],

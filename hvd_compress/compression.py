@@ -103,7 +103,7 @@ class Compression(hvd.Compression):
         exchanges: int,
         smallest: float = 0.1,
         largest: float = 4.0,
-        rate: float = 0.3,
+        rate: float = 0.2,
         **options: Any,
     ) -> GradientCompressor:
         """Whatever exceeds one threshold for all tensors, moved so that a total budget lasts, with error feedback.

@@ -12,6 +12,7 @@ from world import World
 # A busy machine is no failure.
 hypothesis.settings.register_profile("no-deadline", parent=hypothesis.settings(), deadline=None)
 hypothesis.settings.load_profile("no-deadline")
+hypothesis.settings.register_profile("fuzz", parent=hypothesis.settings(), max_examples=200_000)
 
 
 class _Worlds:

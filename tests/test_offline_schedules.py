@@ -18,7 +18,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvd_compress.schedules import AdaptiveTopK, Bell, ErrorModel, Linear, Power, best_allocation, global_threshold
+from hvd_compress.operators import TopK
+from hvd_compress.schedules import (
+    AdaptiveTopK,
+    Bell,
+    ErrorModel,
+    HardThreshold,
+    Linear,
+    Power,
+    best_allocation,
+    global_threshold,
+)
 
 MODELS: list[tuple[ErrorModel, Any]] = [
     (Linear(), lambda g, k, d: g * (1 - Fraction(k, d))),
@@ -120,22 +130,64 @@ def test_threshold_by_hand() -> None:
     assert global_threshold(tensors, budget=99) == (0.0, [3, 2, 3])
 
 
-def test_hindsight_bounds_the_online_rule() -> None:
-    """Energies fall a thousandfold, and go up and down eightfold in between. Nothing is random here."""
+@pytest.mark.parametrize(
+    ("energy", "online_cost", "best_cost"),
+    [
+        (lambda t: 8 if t % 10 < 5 else 1, 1.03, 0.75),
+        (lambda t: 1000 ** (1 - t / 200), 1.29, 0.41),
+        (lambda t: 100 if t < 100 else 1, 1.03, 0.44),
+    ],
+    ids=["up and down", "falling", "a step"],
+)
+def test_the_online_rule_against_hindsight(energy: Any, online_cost: float, best_cost: float) -> None:
+    """The figures of docs/operators.md: relative to equal shares. Nothing is random here."""
     d, exchanges, model = 10_000, 200, Power(1 / 3)
-    energies = [1000 ** (1 - t / exchanges) * (8 if t % 10 < 5 else 1) for t in range(exchanges)]
+    energies = [float(energy(t)) for t in range(exchanges)]
     schedule = AdaptiveTopK(0.01, exchanges).start({"w": d})
     online = []
-    for energy in energies:
+    for g in energies:
         online.append(schedule.k)
-        schedule.advance(energy, schedule.k)
+        schedule.advance(g, schedule.k)
 
     def total(ks: Sequence[int]) -> float:
         return sum(model.error(g, k, d) for g, k in zip(energies, ks, strict=True))
 
     best = best_allocation(model, energies, budget=schedule.budget, d=d, k_min=10)
     assert sum(online) <= sum(best) == schedule.budget
-    assert total(best) < min(total(online), total([d // 100] * exchanges))
+    equal = total([d // 100] * exchanges)
+    assert total(online) / equal == pytest.approx(online_cost, abs=0.005)
+    assert total(best) / equal == pytest.approx(best_cost, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("energy", "online_worth", "best_worth"),
+    [
+        (lambda t: 1, 1.00, 1.00),
+        (lambda t: 8 if t % 10 < 5 else 1, 1.28, 1.36),
+        (lambda t: 1000 ** (1 - t / 200), 0.91, 2.06),
+        (lambda t: 100 if t < 100 else 1, 1.00, 1.49),
+    ],
+    ids=["equal", "up and down", "falling", "a step"],
+)
+def test_the_online_threshold_against_hindsight(energy: Any, online_worth: float, best_worth: float) -> None:
+    """The figures of docs/operators.md: energy that is sent, relative to equal shares. The seed is fixed."""
+    generator = torch.Generator().manual_seed(0)
+    d, exchanges = 10_000, 200
+    xs = [torch.empty(d).exponential_(generator=generator) * math.sqrt(energy(t)) for t in range(exchanges)]
+    schedule = HardThreshold(0.01, exchanges).start({"w": d})
+    online = []
+    for x in xs:
+        online.append(len(schedule.operator("w").encode(x).values))
+        schedule.advance(float(x.square().sum()), online[-1])
+
+    def sent(ks: Sequence[int]) -> float:
+        return sum(float(TopK(k=k)(x).square().sum()) for x, k in zip(xs, ks, strict=True))
+
+    _, best = global_threshold(xs, budget=schedule.budget, k_min=10)
+    assert sum(online) <= sum(best) == schedule.budget
+    equal = sent([d // 100] * exchanges)
+    assert sent(online) / equal == pytest.approx(online_worth, abs=0.01)
+    assert sent(best) / equal == pytest.approx(best_worth, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from world import World
 
 from hvd_compress import Compression, wire
 from hvd_compress.operators import Operator, Threshold, TopK
-from hvd_compress.schedules import Accordion, AdaptiveTopK, HardThreshold, divide, next_k
+from hvd_compress.schedules import Accordion, AdaptiveTopK, HardThreshold, WarmUp, divide, next_k
 
 
 def test_rule_by_hand() -> None:
@@ -293,3 +293,23 @@ def test_ranks_agree_resume_and_adapt(world: World, plan: str) -> None:
 def test_bad_arguments(make: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+def test_warm_up_by_the_paper() -> None:
+    """0.1 % after four epochs at 25, 6.25, 1.5625 and 0.390625 %; and it goes on where it was."""
+    plan = WarmUp(ratio=0.001, exchanges=40)
+    schedule = plan.start({"w": 1_000_000})
+    seen = []
+    for exchange in range(50):
+        seen.append(schedule.operator("w").ratio)
+        schedule.advance(1.0, 1)
+        if exchange == 23:
+            state = schedule.state_dict()
+            schedule = plan.start({"w": 1_000_000})
+            schedule.load_state_dict(state)
+    assert seen == [0.25] * 10 + [0.0625] * 10 + [0.015625] * 10 + [0.00390625] * 10 + [0.001] * 10
+    assert WarmUp(ratio=0.5, exchanges=9).ratio_at(0) == 0.5
+    assert WarmUp(ratio=0.01, exchanges=0).ratio_at(0) == 0.01
+    for wrong in ({"ratio": 0.0}, {"exchanges": -1}, {"first": 2.0}, {"factor": 1.0}):
+        with pytest.raises(ValueError, match="must be"):
+            WarmUp(**{"ratio": 0.1, "exchanges": 5, **wrong})  # type: ignore[arg-type]

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import math
 import random
+import resource
 import struct
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hvd_compress import WireError
-from hvd_compress.wire import HEADER_BYTES, Floats, Message, decode, encode, encode_failure
+from hvd_compress.operators import (
+    QSGD,
+    TNQSGD,
+    MinMax,
+    Operator,
+    RandK,
+    RandomBlock,
+    Rotated,
+    Sign,
+    TernGrad,
+    TopK,
+    compose,
+)
+from hvd_compress.wire import HEADER_BYTES, Floats, Message, Symmetric, decode, encode, encode_failure
 from hvd_compress.wire.bits import pack_fields, pack_unary, unpack_fields, unpack_unary
+from hvd_compress.wire.varint import append_varint
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
@@ -199,34 +216,126 @@ def test_truncated_foreign_and_corrupted_input() -> None:
             decode(good[:position] + bytes([good[position] ^ 0x10]) + good[position + 1 :])
 
 
-@settings(max_examples=3000, deadline=None)
-@given(st.integers(0, 2**32))
-def test_mutated_messages_raise_or_decode_within_bounds(seed: int) -> None:
-    """Also with a right checksum, no mutation makes the decoder read outside or return impossible messages."""
-    rng = random.Random(seed)
-    data = bytearray(sample())
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """1 GiB of address space beyond what is in use: an allocation out of proportion fails, and so does the test."""
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + (1 << 30), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def every_kind() -> dict[str, bytes]:
+    """A packet for each kind of values with each kind of indices, and one with all of them."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(30, 20, generator=generator)
+    sparse = [TopK(k=100), TopK(k=1), RandK(k=60), RandomBlock(k=60)]
+    dense = [
+        QSGD(bits=4),
+        QSGD(bits=4, bucket=64),
+        MinMax(bits=9),
+        Rotated(bits=2),
+        TNQSGD(bits=3),
+        TernGrad(),
+        Sign(),
+    ]
+    operators: list[Operator] = [*sparse, *dense, *(compose(a, b) for a in sparse for b in dense)]
+    messages = {repr(operator): operator.encode(x, generator=generator) for operator in operators}
+    for dtype in DTYPES:
+        messages[f"dense {dtype}"] = Message.dense(x.to(dtype))
+        messages[f"sparse {dtype}"] = Message.sparse((600,), torch.arange(0, 600, 7), torch.ones(86, dtype=dtype))
+    messages["float64 levels"] = QSGD(bits=8).encode(x.double(), generator=generator)
+    messages["many dimensions"] = TopK(k=9).encode(torch.randn((2,) * 9, generator=generator))
+    messages["no elements"] = TopK(k=9).encode(torch.empty(5, 0, 3))
+    packets = {name: encode([message]).data.tobytes() for name, message in messages.items()}
+    return {**packets, "all": encode(list(messages.values())).data.tobytes(), "three": sample()}
+
+
+SAMPLES = every_kind()
+HUGE = [b"\xff" * n + b"\x7f" for n in range(3, 10)] + [b"\x80" * n + b"\x01" for n in range(3, 10)]  # varints
+
+
+def mutated(data: bytearray, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4)):
         kind, position = rng.random(), rng.randrange(HEADER_BYTES, len(data))
-        if kind < 0.6:
-            data[min(position, HEADER_BYTES + rng.randrange(24))] = rng.randrange(256)  # mostly the table
-        elif kind < 0.8:
+        in_table = min(position, HEADER_BYTES + rng.randrange(24))  # most often
+        if kind < 0.5:
+            data[in_table] = rng.randrange(256)
+        elif kind < 0.6:
+            data[in_table : in_table + rng.randint(0, 2)] = rng.choice(HUGE)
+        elif kind < 0.8 and len(data) > HEADER_BYTES + 9:
             del data[position : position + rng.randint(1, 8)]
         else:
             data[position:position] = rng.randbytes(rng.randint(1, 8))
     if rng.random() < 0.2:
         data[8:12] = struct.pack("<I", rng.choice([0, 1, 4, 2**32 - 1]))
+    return reseal(data)
+
+
+# `--hypothesis-profile=fuzz` asks for more: see CONTRIBUTING.md.
+@settings(
+    max_examples=max(3000, settings().max_examples), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(sorted(SAMPLES)), st.integers(0, 2**32))
+def test_mutated_messages_raise_or_decode_within_bounds(little_memory: None, name: str, seed: int) -> None:
+    """Also with a right checksum, no mutation makes the decoder read outside, allocate out of proportion, or return
+    impossible messages."""
     try:
-        packet = decode(reseal(data))
+        packet = decode(mutated(bytearray(SAMPLES[name]), random.Random(seed)))
     except WireError:
         return
     for message in packet.messages:
+        assert len(message.values.decode()) == len(message.values)
         if message.indices is not None:
-            assert len(message.indices) == len(message.values) < message.numel
+            assert len(message.indices) == len(message.values) < max(1, message.numel)
             steps = np.diff(message.indices.numpy(), prepend=-1)
             assert (steps > 0).all()
             assert len(message.indices) == 0 or int(message.indices[-1]) < message.numel
         else:
             assert len(message.values) == message.numel
+        if message.numel <= 1 << 20:  # a sparse message may be of any size: receivers compare it with their tensor's
+            assert message.decode().shape == message.shape
+
+
+@pytest.mark.parametrize(
+    ("form", "numbers", "rest"),
+    [
+        ("dense", [1 << 40], 0),
+        ("fixed", [1 << 40, 1 << 39], 0),
+        ("rice", [1 << 40, 1 << 39], 64),
+        ("subset", [1 << 61, 1 << 30, 7], 0),
+        ("block", [1 << 61, 1 << 30, 7], 0),
+        ("dense rotated", [1 << 40, 1, 5], 8),
+        ("dense empty", [1 << 40, 1 << 40, 0], 0),
+    ],
+)
+def test_sizes_out_of_all_proportion_are_refused(
+    little_memory: None, form: str, numbers: list[int], rest: int
+) -> None:
+    """Rows of the table that promise more than the packet has, or than a tensor can have."""
+    support = ["dense", "rice", "fixed", "subset", "block"].index(form.split()[0])
+    bits = support | 1 << 13
+    if "rotated" in form:
+        bits |= 2 << 8 | 1 << 12
+    if "empty" in form:
+        bits |= 3 << 13
+        numbers = [len(numbers), *numbers]
+    row = bytearray(struct.pack("<H", bits))
+    for number in numbers:
+        append_varint(row, number)
+    header = bytearray(sample()[:HEADER_BYTES])
+    header[8:12] = struct.pack("<I", 1)
+    with pytest.raises(WireError):
+        decode(reseal(header + row + bytes(rest)))
+
+
+def test_a_bucket_is_as_large_as_its_values(little_memory: None) -> None:
+    """What the packet says of a bucket's size costs nothing, and a huge tensor with few values only these."""
+    values = Symmetric(torch.tensor([0, 1, 2], dtype=torch.uint8), torch.tensor([3.0]), s=1, bucket=1 << 60)
+    assert Message.from_bytes(Message((3,), None, values).to_bytes()).decode().tolist() == [-3.0, 0.0, 3.0]
+    few = Message.from_bytes(Message.sparse((1 << 40,), torch.tensor([5]), torch.ones(1)).to_bytes())
+    assert (few.numel, few.values.decode().tolist()) == (1 << 40, [1.0])
 
 
 @pytest.mark.gpu

@@ -48,7 +48,7 @@ class HardThreshold(Plan):
     exchanges: int
     smallest: float = 0.1
     largest: float = 4.0
-    rate: float = 0.3
+    rate: float = 0.2
 
     def __post_init__(self) -> None:
         check_budget(self.ratio, self.exchanges, self.smallest)

@@ -370,7 +370,7 @@ def _read_table(body: memoryview, count: int) -> tuple[list[_Entry], int]:
 
 
 def _check_entry(entry: _Entry) -> None:
-    if entry.numel >= 1 << 62:
+    if math.prod(max(1, size) for size in entry.shape) >= 1 << 62:  # an empty tensor's other sizes are multiplied too
         raise WireError(f"a tensor of shape {entry.shape} is too large to be true")
     if entry.support > _BLOCK or (entry.parameter and entry.support not in _CODED):
         raise WireError(f"unknown form of indices ({entry.support}, {entry.parameter})")

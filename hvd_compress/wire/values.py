@@ -125,7 +125,10 @@ class Symmetric(Levels):
     def decode(self) -> Tensor:
         """See :class:`Values`."""
         signed = self.levels.to(self.parameters.dtype) - self.s
-        scale = self.parameters.repeat_interleave(self.bucket)[: len(signed)] if self.bucket else self.parameters
+        if not self.bucket:
+            return self.parameters * signed / self.s
+        # A bucket may be said to be of any size: no more is made of it than there are values.
+        scale = self.parameters.repeat_interleave(min(self.bucket, len(signed)))[: len(signed)]
         return scale * signed / self.s
 
     def nonzero(self) -> Tensor | None:

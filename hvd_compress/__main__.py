@@ -1,0 +1,5 @@
+"""``python -m hvd_compress``."""
+
+from .cli import main
+
+main()
