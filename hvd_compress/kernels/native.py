@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 try:
-    from . import _native
+    import hvd_compress.kernels._native as _native
 except ImportError as error:
     _available = False
     logging.getLogger(__name__).warning(

@@ -209,13 +209,17 @@ def _checksum(data: Bytes) -> int:
 def _without_zeros(messages: Sequence[Message], device: torch.device) -> list[Message]:
     """The messages less the entries that say nothing; full ones become dense."""
     masks = [m.values.nonzero() if m.indices is not None and m.rule is None else None for m in messages]
-    present = [mask.sum().to(device) for mask in masks if mask is not None]
-    # One transfer for all counts: on a GPU each read of a number waits for the device.
-    counts = iter(torch.stack(present).tolist() if present else [])
+    present = [mask for mask in masks if mask is not None]
+    # One question for all messages, most often with this answer: on a GPU each one waits for the device.
+    if not present or bool(torch.cat([mask.to(device) for mask in present]).all()):
+        counts = [len(mask) for mask in present]
+    else:
+        counts = torch.stack([mask.sum().to(device) for mask in present]).tolist()
+    left = iter(counts)
     kept = []
     for m, mask in zip(messages, masks, strict=True):
         if mask is not None and m.indices is not None:
-            count = next(counts)
+            count = next(left)
             if count < len(mask):
                 m = replace(m, indices=m.indices[mask], values=m.values.select(mask))
             if count == m.numel:
@@ -245,13 +249,15 @@ def _entry(id: int, message: Message) -> _Entry:
         support, parameter = _index_code(numel, count)
     kind = s = bucket = 0
     values = _unrotated(message.values)
-    if isinstance(values, Symmetric):
+    if isinstance(values, Floats):
+        kind = _FLOATS
+    elif isinstance(values, Symmetric):
         kind, s, bucket = _SYMMETRIC, values.s, values.bucket
     elif isinstance(values, Range):
         kind, s = _RANGE, values.s
     elif isinstance(values, Codebook):
         kind, s = _CODEBOOK, len(values.parameters) - 1
-    elif not isinstance(values, Floats):
+    else:
         raise TypeError(f"this format has no code for {type(values).__name__}")
     if isinstance(values, Levels) and not 1 <= values.bits <= _MAX_BITS:
         raise ValueError(f"a level may have 1 to {_MAX_BITS} bits, got {values.bits}")

@@ -19,6 +19,8 @@ def read_varint(buffer: memoryview, offset: int) -> tuple[int, int]:
     Raises:
         WireError: the buffer ends inside the number, or it does not fit into 63 bits.
     """
+    if offset < len(buffer) and buffer[offset] < 0x80:  # most numbers are small
+        return buffer[offset], offset + 1
     number = 0
     for position, byte in enumerate(buffer[offset : offset + MAX_BYTES]):
         number |= (byte & 0x7F) << (7 * position)

@@ -84,7 +84,7 @@ __attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(const Word32* x, I
                                                               Word32 threshold, Word32* bits, Word32* place,
                                                               Index count) {
     const __m256i no_sign = _mm256_set1_epi32(static_cast<int>(kNoSign<Word32>));
-    const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold) - 1);  // signed: -1 is below everything
+    const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold - 1));  // signed: -1 is below everything
     Index i = begin;
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
@@ -204,7 +204,8 @@ Word keep_best(Candidates<Word>& c, Index k) {
     const Span<Word> span{c.bits.get(), c.count};
     const Kth<Word> kth = kth_largest(&span, 1, k);
     drop_below(c, kth.value, k - kth.above);
-    return kth.value + 1;
+    // Nothing is better than infinity, not even a NaN, whose bits are larger.
+    return kth.value == kInfinity<Word> ? kNoSign<Word> + 1 : kth.value + 1;
 }
 
 template <class Word>
