@@ -281,7 +281,9 @@ class Reducer:
         if self._schedule.needs_energy:
             self._energies[name] = compensated.square().sum()
         operator = self._schedule.operator(name)
-        generator = self._generator(name, _ALIKE if operator.shared_draws else self.rank, compensated.device)
+        generator = None
+        if operator.draws:
+            generator = self._generator(name, _ALIKE if operator.shared_draws else self.rank, compensated.device)
         message = operator.encode(compensated, generator=generator)
         if message.numel != len(compensated):
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(compensated)}")

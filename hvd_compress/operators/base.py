@@ -26,6 +26,9 @@ class Operator(ABC):
     shared_draws: ClassVar[bool] = False
     """Whether all ranks should draw the same random numbers for a tensor; else each rank draws its own."""
 
+    draws: ClassVar[bool] = True
+    """Whether :meth:`encode` needs a generator; making one takes longer than compressing a small tensor."""
+
     @abstractmethod
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """Compress ``x``, which is left as it is.

@@ -34,6 +34,8 @@ class CAT(Operator):
         ValueError: ``overhead`` is negative or not finite, or ``packet`` not a positive number of bits.
     """
 
+    draws = False
+
     overhead: float = 20_000
     packet: int = 12_000
 

@@ -48,6 +48,11 @@ class Composed(Operator):
         """As the sparsifier's."""
         return self.sparsifier.shared_draws
 
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        """Whether one of the two does."""
+        return self.sparsifier.draws or self.quantizer.draws
+
     def check(self, k: int) -> None:
         """See :func:`compose`.
 

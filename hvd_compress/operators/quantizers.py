@@ -238,6 +238,8 @@ class Sign(Quantizer):
         ValueError: ``m`` is less than 1.
     """
 
+    draws = False
+
     m: float = 1
 
     def __post_init__(self) -> None:

@@ -73,6 +73,8 @@ class Threshold(Operator):
         ValueError: an argument is out of its range.
     """
 
+    draws = False
+
     threshold: float
     at_least: int = 0
     at_most: int | None = None

@@ -23,6 +23,8 @@ class TopK(Amount, Operator):
     How many: see :class:`Amount`.
     """
 
+    draws = False
+
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
         flat = flatten(x)
