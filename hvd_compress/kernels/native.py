@@ -35,9 +35,12 @@ def description() -> str:
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the loops are there and can read ``tensors``: contiguous, on the CPU, and of a dtype they have."""
-    return _available and all(
-        t.device.type == "cpu" and t.dtype in _DTYPES and t.is_contiguous() and not t.requires_grad for t in tensors
-    )
+    if not _available:
+        return False
+    for t in tensors:  # asked several times for each tensor of a model
+        if not t.is_cpu or t.dtype not in _DTYPES or not t.is_contiguous() or t.requires_grad:
+            return False
+    return True
 
 
 # The lengths and dtypes of arrays are checked in module.cpp: TypeError for a dtype or a layout that a loop does not
