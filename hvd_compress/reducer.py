@@ -49,11 +49,10 @@ class _Pending:
     remembered: bool  # whether the memory waits for the outcome
 
 
-class Reducer:
-    """Sums named tensors over ranks by compressed messages; the result is bit-identical on every rank.
+class Sender:
+    """Turns named tensors into messages, with memory: the half of an exchange that is the same for all kinds of it.
 
-    Tensors are :meth:`add`-ed in any order, which may differ between ranks, and exchanged by one :meth:`reduce`.
-    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes.
+    Tensors are :meth:`add`-ed in any order. Subclasses send what was added and see to the memory's outcome.
 
     Args:
         shapes: the shape of each tensor that may come, in an order that is the same on all ranks.
@@ -90,102 +89,36 @@ class Reducer:
         self._round = 0
         self._pending: dict[str, _Pending] = {}
         self._failure: Exception | None = None
-        self._exchange: Exchange | None = None
-        self._saved_as: tuple[int, int] | None = None  # rank and size in the state that was loaded
+        self._place: tuple[int, int] | None = None  # this rank's, and number of ranks, once they have met
+        self._saved_as: tuple[int, int] | None = None  # the same in the state that was loaded
 
     @property
     def size(self) -> int:
         """Number of ranks that are summed over."""
-        assert self._exchange is not None, "open() comes first"
-        return self._exchange.size
+        assert self._place is not None, "open() comes first"
+        return self._place[1]
 
     @property
     def rank(self) -> int:
         """This rank's place among them."""
-        assert self._exchange is not None, "open() comes first"
-        return self._exchange.rank
+        assert self._place is not None, "open() comes first"
+        return self._place[0]
 
     @property
     def covers_small(self) -> bool:
         """Whether small tensors have to come here too."""
         return self._memory.covers_small
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the ranks have met."""
-        return self._exchange is not None
-
-    def open(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> None:
-        """Meet the other ``ranks`` of ``communicator``. Collective over them.
-
-        Args:
-            communicator: contains the ranks.
-            ranks: ascending, this one among them.
-            expects: lines that must be the same on all ranks, besides what this reducer knows itself.
-            timeout: seconds to wait for the other ranks.
-
-        Raises:
-            RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
-                another rank or of another number of ranks.
-        """
-        from .exchange import Exchange, abort_on_uncaught_exception, rendezvous
-
-        here = (ranks.index(communicator.Get_rank()), len(ranks))
-        origin = "a state of its own, or none"
-        if self._saved_as not in (None, here):
-            saver = f"rank {self._saved_as[0]} of {self._saved_as[1]}"
-            origin = (
-                f"the state saved by {saver}, being rank {here[0]} of {here[1]} "
-                "(each rank loads its own file, and as many ranks resume as have saved)"
-            )
-        private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
-        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
-            raise RankMismatchError(f"this rank has {origin}")
-        abort_on_uncaught_exception(private)
-        self._exchange = Exchange(private)
-        self._ledger.shared.mpi += sent
-
     def add(self, name: str, tensor: Tensor) -> None:
-        """Compress ``tensor`` for the next :meth:`reduce`; a second one of that name replaces the first.
+        """Compress ``tensor`` for the next exchange; a second one of that name replaces the first.
 
-        The tensor is given up: until :meth:`reduce` has returned, what it holds is not defined.
+        The tensor is given up: until the exchange is over, what it holds is not defined.
         """
         try:
             self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
             self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self._failure = self._failure or error
-
-    def reduce(self, step: int | None = None) -> Reduced:
-        """Exchange what was added, on this and all other ranks. Collective.
-
-        Args:
-            step: a number that must be the same on all ranks; that of the exchange if None.
-
-        Raises:
-            PeerError: another rank failed.
-            RankMismatchError: the ranks added different tensors, or are not at the same step.
-            WireError: a message arrived damaged.
-            Exception: whatever :meth:`add` or packing raised on this rank.
-        """
-        step = self._round if step is None else step
-        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
-        failure, self._pending, self._failure = self._failure, {}, None
-        try:
-            packets = self._swap_packets(pending, failure, step)
-            overflow = _overflow(packets, list(pending))
-        except BaseException:
-            self._rollback(pending)
-            raise
-        if overflow:
-            self._rollback(pending)
-        else:
-            self._commit(pending)
-        sums = {}
-        for place, (name, p) in enumerate(pending.items()):
-            total = _sum([packet.messages[place] for packet in packets], p)
-            sums[name] = self._receive(name, total) if p.remembered and not overflow else total
-        return Reduced(sums, overflow)
 
     def state_dict(self) -> dict[str, Any]:
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
@@ -195,13 +128,13 @@ class Reducer:
         """
         if self._pending:
             raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
-        exchange = self._exchange
+        rank, size = self._place or (None, None)
         return {
             "format": _STATE_FORMAT,
             "round": self._round,
             "seed": self._seed,
-            "rank": exchange.rank if exchange else None,
-            "size": exchange.size if exchange else None,
+            "rank": rank,
+            "size": size,
             "memory": self._memory.state_dict(),
             "schedule": self._schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
@@ -224,7 +157,7 @@ class Reducer:
                     f"{self._shapes[name].numel()}"
                 )
         saved_as = None if state["rank"] is None else (state["rank"], state["size"])
-        here = (self._exchange.rank, self._exchange.size) if self._exchange else None
+        here = self._place
         if saved_as and here and saved_as != here:
             raise ValueError(
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
@@ -246,6 +179,26 @@ class Reducer:
         """
         return self._memory.residual(name)
 
+    def _meet(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> MPI.Intracomm:
+        """A communicator of ``ranks`` alone, once all are there and agree. Collective; see :meth:`Reducer.open`."""
+        from .exchange import abort_on_uncaught_exception, rendezvous
+
+        here = (ranks.index(communicator.Get_rank()), len(ranks))
+        origin = "a state of its own, or none"
+        if self._saved_as not in (None, here):
+            saver = f"rank {self._saved_as[0]} of {self._saved_as[1]}"
+            origin = (
+                f"the state saved by {saver}, being rank {here[0]} of {here[1]} "
+                "(each rank loads its own file, and as many ranks resume as have saved)"
+            )
+        private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
+        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
+            raise RankMismatchError(f"this rank has {origin}")
+        abort_on_uncaught_exception(private)
+        self._place = here
+        self._ledger.shared.mpi += sent
+        return private
+
     def _statement(self, *expects: str) -> str:
         shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
         return "\n".join(
@@ -255,11 +208,21 @@ class Reducer:
                 f"memory {self._memory!r}",
                 f"dense_below={self._dense_below}",
                 f"seed={self._seed}",
-                f"{self._round} exchanges so far",
                 *expects,
                 *shapes,
             ]
         )
+
+    def _take(self) -> tuple[dict[str, _Pending], Exception | None]:
+        """What was added since the last time, in the order that is the same on all ranks, or why it was not."""
+        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
+        failure, self._pending, self._failure = self._failure, {}, None
+        return pending, failure
+
+    def _energy(self) -> float:
+        """The squared norm of what was compressed since the last time, if the schedule asks for it."""
+        energies, self._energies = list(self._energies.values()), {}
+        return _total(energies)
 
     def _compress(self, name: str, tensor: Tensor) -> _Pending:
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
@@ -285,9 +248,6 @@ class Reducer:
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(compensated)}")
         return message
 
-    def _receive(self, name: str, total: Tensor) -> Tensor:
-        return self._memory.receive(name, total, self.size, lambda: self._generator(name, _AFTER, total.device))
-
     def _commit(self, pending: Mapping[str, _Pending]) -> None:
         for name, p in pending.items():
             if p.remembered:
@@ -303,13 +263,80 @@ class Reducer:
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
+
+class Reducer(Sender):
+    """Sums named tensors over ranks by compressed messages; the result is bit-identical on every rank.
+
+    Tensors are :meth:`add`-ed in any order, which may differ between ranks, and exchanged by one :meth:`reduce`.
+    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes. Its
+    arguments are those of :class:`Sender`.
+    """
+
+    # State
+    _exchange: Exchange | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the ranks have met."""
+        return self._exchange is not None
+
+    def open(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> None:
+        """Meet the other ``ranks`` of ``communicator``. Collective over them.
+
+        Args:
+            communicator: contains the ranks.
+            ranks: ascending, this one among them.
+            expects: lines that must be the same on all ranks, besides what this reducer knows itself.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
+                another rank or of another number of ranks.
+        """
+        from .exchange import Exchange
+
+        expects = f"{self._round} exchanges so far\n{expects}"
+        self._exchange = Exchange(self._meet(communicator, ranks, expects, timeout))
+
+    def reduce(self, step: int | None = None) -> Reduced:
+        """Exchange what was added, on this and all other ranks. Collective.
+
+        Args:
+            step: a number that must be the same on all ranks; that of the exchange if None.
+
+        Raises:
+            PeerError: another rank failed.
+            RankMismatchError: the ranks added different tensors, or are not at the same step.
+            WireError: a message arrived damaged.
+            Exception: whatever :meth:`add` or packing raised on this rank.
+        """
+        step = self._round if step is None else step
+        pending, failure = self._take()
+        try:
+            packets = self._swap_packets(pending, failure, step)
+            overflow = _overflow(packets, list(pending))
+        except BaseException:
+            self._rollback(pending)
+            raise
+        if overflow:
+            self._rollback(pending)
+        else:
+            self._commit(pending)
+        sums = {}
+        for place, (name, p) in enumerate(pending.items()):
+            total = _sum([packet.messages[place] for packet in packets], p)
+            sums[name] = self._receive(name, total) if p.remembered and not overflow else total
+        return Reduced(sums, overflow)
+
+    def _receive(self, name: str, total: Tensor) -> Tensor:
+        return self._memory.receive(name, total, self.size, lambda: self._generator(name, _AFTER, total.device))
+
     def _swap_packets(
         self, pending: Mapping[str, _Pending], failure: Exception | None, step: int
     ) -> list[wire.Packet]:
         """Send this rank's messages, or why there are none, and receive everyone's."""
         assert self._exchange is not None, "open() comes first"
-        energy = _total(list(self._energies.values()))
-        self._energies = {}
+        energy = self._energy()
         sent_before = self._exchange.sent
         shares: list[int] = []
         if failure is None:
