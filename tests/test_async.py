@@ -64,7 +64,7 @@ SLOPES = [[[3, 2], [1, 1], [0, -2], [5, 4], [1, 0], [0, 0], [-1, 3], [2, 2]],
 
 
 def traces_by_hand(schedules: Sequence[Sequence[int]]) -> None:
-    """Top-1 of two elements, η = 1/2, in exact fractions, line by line of Algorithm 2; rank r is slower the lower r is.
+    """Top-1 of two elements, η = 1/2, in exact fractions, line by line of Algorithm 2; lower ranks are slower.
 
     With three ranks the slopes are multiples of 3^8, so that all thirds, and all numbers, are exact in float64.
     """
