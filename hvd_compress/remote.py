@@ -39,7 +39,7 @@ class RemoteModel(Sender):
     _service: Service | None = None
     _master: Master | None = None
     _communicator: MPI.Intracomm | None = None
-    _failed = False
+    _over: str | None = None  # why the run cannot go on
     _timeout = 0.0
 
     @property
@@ -155,15 +155,11 @@ class RemoteModel(Sender):
 
     def fail(self, error: BaseException) -> None:
         """Tell all servers that this rank has failed, so that they tell the others. Once is enough."""
-        if self._service is None or self._failed:
+        if self._service is None or self._over is not None:
             return
-        self._failed = True
-        text = (
-            str(error)
-            if isinstance(error, PeerError)
-            else f"rank {self.rank} failed: {type(error).__name__}: {error}"
-        )
-        notice = wire.encode_failure(text)
+        own = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        self._over = str(error) if isinstance(error, PeerError) else own
+        notice = wire.encode_failure(self._over)
         self._service.tell(Topic.FAILURE, [notice] * self.size)
         self._ledger.shared.mpi += self.size * notice.nbytes
 
@@ -198,6 +194,8 @@ class RemoteModel(Sender):
 
     def _ask(self, topic: Topic, requests: Sequence[Bytes], anchors: Mapping[str, Tensor]) -> None:
         assert self._service is not None, "open() comes first"
+        if self._over is not None:
+            raise PeerError(self._over)
         try:
             answers = self._service.ask(topic, requests, self._timeout)
         except TimeoutError as error:
@@ -219,7 +217,7 @@ class RemoteModel(Sender):
     def _end_of_program(self) -> None:
         """MPI must not end under a running thread, nor this rank while others wait for it."""
         assert self._service is not None
-        if not self._failed and not hasattr(sys, "last_value"):  # which is set after an uncaught exception
+        if self._over is None and not hasattr(sys, "last_value"):  # which is set after an uncaught exception
             error = RuntimeError(
                 "the program ended without AsyncQsparseLocalSGD.finish(), so this rank has not the master model, "
                 "and the others wait: call finish() on all ranks after the last step, or use the optimizer in a "
