@@ -1,5 +1,6 @@
 """Compressed communication for Horovod: sparse messages that really travel sparse, and local SGD."""
 
+from .async_local_sgd import AsyncQsparseLocalSGD, random_gaps
 from .cd_adam import CDAdam
 from .compression import Compression
 from .dqgan import DQGAN
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DQGAN",
+    "AsyncQsparseLocalSGD",
     "CDAdam",
     "Compression",
     "GradientCompressor",
@@ -23,5 +25,6 @@ __all__ = [
     "Traffic",
     "WireError",
     "post_local",
+    "random_gaps",
     "sync_at",
 ]

@@ -18,6 +18,12 @@ class Traffic:
         times = f"{self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
         return f"{self.sent / 1e6:.2f} MB sent, {times}"
 
+    def add(self, other: Traffic) -> None:
+        """Count what ``other`` has counted."""
+        self.mpi += other.mpi
+        self.horovod += other.horovod
+        self.dense += other.dense
+
     @property
     def sent(self) -> int:
         """All bytes that left this rank's hands."""
@@ -47,6 +53,14 @@ class Ledger:
         """The sum over all tensors and what they share."""
         parts = [*self.tensors.values(), self.shared]
         return Traffic(*(sum(getattr(part, name) for part in parts) for name in ("mpi", "horovod", "dense")))
+
+    def take(self, other: Ledger) -> None:
+        """Count what ``other`` has counted, which then starts again from zero."""
+        for name, traffic in other.tensors.items():
+            self.tensors[name].add(traffic)
+        self.shared.add(other.shared)
+        self.exchanges += other.exchanges
+        other.reset()
 
     def reset(self) -> None:
         """Start again from zero."""

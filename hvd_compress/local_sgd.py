@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +15,7 @@ from .averages import averager
 from .errors import NonFiniteError
 from .gradient import GradientCompressor
 from .ledger import Ledger
-from .membership import check_named_parameters
+from .wrapped import Wrapped, checksum
 
 _STATE_KEY = "qsparse_local_sgd"
 
@@ -26,7 +25,7 @@ def subtract(anchors: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.SGD(anchors, lr=1.0)
 
 
-class QsparseLocalSGD(torch.optim.Optimizer):
+class QsparseLocalSGD(Wrapped):
     """Synchronous Qsparse-local-SGD around any torch optimizer (arXiv 1906.02367, Algorithm 1).
 
     Each rank takes ``sync_every`` steps of the wrapped optimizer on its own. Then the ranks exchange, compressed and
@@ -77,21 +76,17 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         forget_at_drop: float | None = None,
         process_set: hvd.ProcessSet | None = None,
     ) -> None:
-        # The base class's own __init__ would build param_groups anew: they are the wrapped optimizer's.
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        super().__init__(optimizer, named_parameters)
         if not callable(sync_every):
-            _check_period(sync_every)
+            check_period(sync_every)
         if not 0 <= look_ahead <= 1:
             raise ValueError(f"look_ahead must be in [0, 1], got {look_ahead!r}")
         if forget_at_drop is not None and not 0 < forget_at_drop < 1:
             raise ValueError(f"forget_at_drop must be between 0 and 1, or None, got {forget_at_drop!r}")
         # Configuration
-        self.optimizer = optimizer
         self.sync_every = sync_every
         self._look_ahead = look_ahead
         self._forget_at_drop = forget_at_drop
-        self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
         self._average = averager(compression, process_set, self._parameters)
         if look_ahead and compression not in (hvd.Compression.none, hvd.Compression.fp16):
             self._average.residual("")  # complains of a memory that is no residual
@@ -108,36 +103,9 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         """The bytes this rank has sent."""
         return self._average.ledger
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The wrapped optimizer's."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:  # type: ignore[override]
-        """The wrapped optimizer's."""
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's."""
-        return self.optimizer.defaults
-
     def __repr__(self) -> str:
         name = type(self).__name__
         return f"{name}({self._average!r}, sync_every={self.sync_every}, optimizer={self.optimizer!r})"
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Not possible: the other ranks would not know.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(f"make a new {type(self).__name__} after changing the model, on all ranks")
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The wrapped optimizer's."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One local step, and an exchange if it is the ``sync_every``-th since the last one.
@@ -158,20 +126,6 @@ class QsparseLocalSGD(torch.optim.Optimizer):
         if is_due:
             self.synchronize()
         return loss
-
-    # torch.amp.GradScaler would not call step() after an overflow on this rank; the ranks would then lose count of
-    # their steps and wait for each other. With this mark it always calls, and leaves its two findings on the object.
-    _step_supports_amp_scaling = True
-
-    def _local_step(self, closure: Callable[[], float] | None) -> float | None:
-        if bool(getattr(self, "found_inf", False)):
-            return None
-        scale = getattr(self, "grad_scale", None)
-        if scale is not None:
-            for p in self._parameters.values():
-                if p.grad is not None:
-                    p.grad.div_(scale.to(p.grad.device))
-        return self.optimizer.step(closure)
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -302,7 +256,7 @@ class QsparseLocalSGD(torch.optim.Optimizer):
             [
                 f"{type(self).__name__} with look_ahead={self._look_ahead}, forget_at_drop={self._forget_at_drop}",
                 f"outer optimizer {' '.join(repr(self.outer).split())}",
-                f"start with checksum {_checksum(self._anchors)} (equal after hvd.broadcast_parameters)",
+                f"start with checksum {checksum(self._anchors)} (equal after hvd.broadcast_parameters)",
             ]
         )
 
@@ -313,7 +267,7 @@ def post_local(first: int, then: int) -> Callable[[int], bool]:
     Raises:
         ValueError: ``then`` is less than 1.
     """
-    _check_period(then)
+    check_period(then)
     return lambda step: step <= first or (step - first) % then == 0
 
 
@@ -329,25 +283,7 @@ def sync_at(steps: Iterable[int]) -> Callable[[int], bool]:
     return indices.__contains__
 
 
-def _check_period(steps: object) -> None:
+def check_period(steps: object) -> None:
+    """Raise ValueError unless ``steps`` is a whole number from 1 on."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"sync_every must be a number of steps ≥ 1, or a function of the step, got {steps!r}")
-
-
-def _parameters_of(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
-) -> dict[str, torch.nn.Parameter]:
-    """The optimizer's parameters by name, in the order of the names."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    chosen = {name: p for name, p in named.items() if id(p) in own}
-    if len(chosen) != len(own):
-        raise ValueError(f"{len(own) - len(chosen)} of the optimizer's parameters are not in named_parameters")
-    return chosen
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Tells the ranks' starting points apart."""
-    checksum = 0
-    for tensor in tensors.values():
-        checksum = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data, checksum)
-    return f"{checksum:08x}"

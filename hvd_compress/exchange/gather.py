@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 Bytes = npt.NDArray[np.uint8]
 
-_LIMIT = 2**31 - 1  # MPI counts and displacements are C ints before MPI 4
+LIMIT = 2**31 - 1  # MPI counts and displacements are C ints before MPI 4
 
 
 class Exchange:
@@ -32,9 +32,9 @@ class Exchange:
         self._communicator.Allgather(length, lengths)
         self.sent += length.nbytes
         total = int(lengths.sum())
-        if total > _LIMIT:
+        if total > LIMIT:
             raise OverflowError(
-                f"the messages of {self.size} ranks add up to {total} bytes, one exchange carries {_LIMIT}: "
+                f"the messages of {self.size} ranks add up to {total} bytes, one exchange carries {LIMIT}: "
                 "choose a smaller ratio or k"
             )
         gathered = np.empty(total, np.uint8)

@@ -1,0 +1,185 @@
+"""Requests and answers: a thread on each rank serves all ranks while the program computes."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from .gather import LIMIT, Bytes
+
+_SHORTEST, _LONGEST = 5e-5, 2e-3  # seconds between two looks at what has arrived: long ones while nothing happens
+
+Answers = Iterable[tuple[int, Bytes]]  # pairs of a rank and what it is told
+
+
+class Answerer(Protocol):
+    """What a :class:`Service` does with requests. All calls come from one thread at a time."""
+
+    def receive(self, rank: int, topic: int, request: Bytes) -> Answers:
+        """A request has arrived. Returns the answers that are due now, to this rank or to others that wait."""
+
+    def look(self, now: float) -> Answers:
+        """Nothing has arrived for a while; ``now`` is in seconds, of ``time.monotonic``."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more requests will come."""
+
+
+@dataclass(eq=False)
+class _Transfer:
+    """A buffer that MPI is working on."""
+
+    request: MPI.Request
+    buffer: Bytes  # kept alive
+    rank: int
+    topic: int = 0
+
+
+class Service:
+    """Sends requests to all ranks' answerers, and runs this rank's own in a thread.
+
+    The thread never waits within MPI: it looks for messages and sleeps, for longer and longer while there are none,
+    so that it costs the computation next to nothing (500 looks a second at most). A rank that computes, or sends
+    slowly, keeps nobody else waiting. Collective.
+
+    Args:
+        communicator: of the ranks; two copies of it are made.
+        answerer: this rank's.
+    """
+
+    def __init__(self, communicator: MPI.Intracomm, answerer: Answerer) -> None:
+        # Configuration
+        self.rank: int = communicator.Get_rank()
+        self.size: int = communicator.Get_size()
+        self._requests = communicator.Dup()
+        self._answers = communicator.Dup()
+        self._answerer = answerer
+        # State
+        self.lock = threading.Lock()  # held while the answerer works
+        self.sent = 0  # bytes of requests that this rank has handed to MPI
+        self.answered = 0  # bytes of answers
+        self._stopping = False
+        self._outgoing: list[_Transfer] = []  # requests that may still be on their way
+        self._thread = threading.Thread(target=self._serve, name="hvd_compress server", daemon=True)
+        self._thread.start()
+
+    def tell(self, topic: int, requests: Sequence[Bytes]) -> None:
+        """Send ``requests[r]`` to rank r, without waiting for an answer.
+
+        Raises:
+            OverflowError: one has more than 2^31 − 1 bytes.
+        """
+        for request in requests:
+            _check(request)
+        self._outgoing = [t for t in self._outgoing if not t.request.Test()]
+        for rank, request in enumerate(requests):
+            sending = self._requests.Isend([request, MPI.BYTE], dest=rank, tag=topic)
+            self._outgoing.append(_Transfer(sending, request, rank))
+            self.sent += request.nbytes
+
+    def ask(self, topic: int, requests: Sequence[Bytes], timeout: float) -> list[Bytes]:
+        """Send ``requests[r]`` to rank r, and wait for the answers of all.
+
+        An answerer may have its reasons to wait for other ranks' requests, for as long as it likes. But all answerers
+        have the same reasons: once this rank's own has answered, the others must do so in time.
+
+        Args:
+            topic: a number from 0 on that the answerers are told.
+            requests: one for each rank.
+            timeout: seconds between this rank's own answer and the last.
+
+        Returns:
+            The answers in rank order.
+
+        Raises:
+            TimeoutError: some ranks, which are named, do not answer.
+            OverflowError: a request has more than 2^31 − 1 bytes.
+        """
+        self.tell(topic, requests)
+        answers: dict[int, Bytes] = {}
+        arriving: dict[int, _Transfer] = {}
+        deadline, pause = float("inf"), _SHORTEST
+        while len(answers) < self.size:
+            while (transfer := _accept(self._answers)) is not None:
+                arriving[transfer.rank] = transfer
+            arrived = [rank for rank, transfer in arriving.items() if transfer.request.Test()]
+            for rank in arrived:
+                answers[rank] = arriving.pop(rank).buffer
+            if self.rank in arrived:
+                deadline = time.monotonic() + timeout
+            if time.monotonic() > deadline:
+                silent = ", ".join(str(rank) for rank in range(self.size) if rank not in answers)
+                raise TimeoutError(f"rank(s) {silent} did not answer within {timeout:g} s: see their output")
+            pause = _SHORTEST if arriving or arrived else min(2 * pause, _LONGEST)
+            time.sleep(pause)
+        return [answers[rank] for rank in range(self.size)]
+
+    def close(self) -> None:
+        """Give the communicators back, once the answerer is done on all ranks. Collective."""
+        self._thread.join()
+        MPI.Request.Waitall([t.request for t in self._outgoing])
+        self._requests.Free()
+        self._answers.Free()
+
+    def stop(self) -> None:
+        """End the thread, whatever there is still to be served: only where the program ends."""
+        self._stopping = True
+        self._thread.join()
+
+    def _serve(self) -> None:
+        try:
+            self._answer_until_done()
+        except BaseException:  # the others would wait for this rank's answers
+            traceback.print_exc()
+            self._requests.Abort(1)
+
+    def _answer_until_done(self) -> None:
+        incoming: list[_Transfer] = []
+        outgoing: list[_Transfer] = []
+        pause = _SHORTEST
+        while not self._stopping:
+            while (transfer := _accept(self._requests)) is not None:
+                incoming.append(transfer)
+            arrived = [t for t in incoming if t.request.Test()]
+            incoming = [t for t in incoming if t not in arrived]
+            outgoing = [t for t in outgoing if not t.request.Test()]
+            with self.lock:
+                answers = [a for t in arrived for a in self._answerer.receive(t.rank, t.topic, t.buffer)]
+                if not arrived and not incoming:
+                    answers += self._answerer.look(time.monotonic())
+                is_done = self._answerer.is_done
+            for rank, answer in answers:
+                _check(answer)
+                sending = self._answers.Isend([answer, MPI.BYTE], dest=rank)
+                outgoing.append(_Transfer(sending, answer, rank))
+                self.answered += answer.nbytes
+            if is_done and not outgoing:
+                return
+            pause = _SHORTEST if arrived or incoming or outgoing else min(2 * pause, _LONGEST)
+            time.sleep(pause)
+
+
+def _accept(communicator: MPI.Intracomm) -> _Transfer | None:
+    """Begin to receive the next message, if one is there."""
+    status = MPI.Status()
+    message = communicator.Improbe(source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG, status=status)
+    if message is None:
+        return None
+    buffer = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+    return _Transfer(message.Irecv([buffer, MPI.BYTE]), buffer, status.Get_source(), status.Get_tag())
+
+
+def _check(buffer: Bytes) -> None:
+    if buffer.nbytes > LIMIT:
+        raise OverflowError(
+            f"a message to one rank has {buffer.nbytes} bytes, MPI carries {LIMIT}: choose a smaller ratio or k, or "
+            "use more ranks"
+        )

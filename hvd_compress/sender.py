@@ -1,0 +1,259 @@
+"""From tensors to messages, with memory: what all kinds of exchange have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import wire
+from .errors import RankMismatchError
+from .ledger import Ledger
+from .memory import Memory
+from .operators import Operator, working_dtype
+from .schedules import Constant, Plan
+from .wire import Message
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
+    from mpi4py import MPI
+
+
+_STATE_FORMAT = 1
+ALIKE, AFTER = -1, -2  # in place of a rank: draws that are the same on all, before and after the exchange
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor on its way."""
+
+    flat: Tensor  # its elements, whose storage the sum will take
+    message: Message
+    compressed: bool  # else it is sent whole
+    remembered: bool  # whether the memory waits for the outcome
+
+
+class Sender:
+    """Turns named tensors into messages, with memory: the half of an exchange that is the same for all kinds of it.
+
+    Tensors are :meth:`add`-ed in any order. Subclasses send what was added and see to the memory's outcome.
+
+    Args:
+        shapes: the shape of each tensor that may come, in an order that is the same on all ranks.
+        operator: compresses each tensor, or says what does in each exchange.
+        memory: of each tensor; used by this sender alone.
+        dense_below: tensors with fewer elements are sent whole.
+        seed: of the operators' random draws. A draw depends on the seed, the rank, the exchange and the tensor
+            only, so that neither the order of tensors nor a restart changes it.
+        ledger: where the bytes are written down.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        operator: Operator | Plan,
+        memory: Memory,
+        dense_below: int,
+        seed: int,
+        ledger: Ledger,
+    ) -> None:
+        # Configuration
+        self._shapes = dict(shapes)
+        self._ids = {name: id for id, name in enumerate(shapes)}
+        self._operator = operator
+        self._dense_below = dense_below
+        self._seed = seed
+        self._ledger = ledger
+        # State
+        sizes = {name: shape.numel() for name, shape in shapes.items() if shape.numel() >= dense_below}
+        self._schedule = operator.start(sizes) if isinstance(operator, Plan) else Constant(operator)
+        self._energies: dict[str, Tensor] = {}  # squared norms of what was added, if the schedule asks for them
+        self._memory = memory
+        self._round = 0
+        self._pending: dict[str, Pending] = {}
+        self._failure: Exception | None = None
+        self._place: tuple[int, int] | None = None  # this rank's, and number of ranks, once they have met
+        self._saved_as: tuple[int, int] | None = None  # the same in the state that was loaded
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are summed over."""
+        assert self._place is not None, "open() comes first"
+        return self._place[1]
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        assert self._place is not None, "open() comes first"
+        return self._place[0]
+
+    @property
+    def covers_small(self) -> bool:
+        """Whether small tensors have to come here too."""
+        return self._memory.covers_small
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Compress ``tensor`` for the next exchange; a second one of that name replaces the first.
+
+        The tensor is given up: what it holds is not defined from now on, and its storage may be that of a result.
+        """
+        try:
+            self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
+            self._pending[name] = self._compress(name, tensor)
+        except Exception as error:  # every rank must reach the exchange, which then tells the others
+            self._failure = self._failure or error
+
+    def state_dict(self) -> dict[str, Any]:
+        """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
+
+        Raises:
+            RuntimeError: tensors were added that have not been exchanged.
+        """
+        if self._pending:
+            raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
+        rank, size = self._place or (None, None)
+        return {
+            "format": _STATE_FORMAT,
+            "round": self._round,
+            "seed": self._seed,
+            "rank": rank,
+            "size": size,
+            "memory": self._memory.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; on an error nothing has changed.
+
+        Raises:
+            ValueError: the state is of another format, or holds memories of other tensors than these.
+        """
+        if state.get("format") != _STATE_FORMAT:
+            raise ValueError(f"expected a compressor's state of format {_STATE_FORMAT}, got {state.get('format')!r}")
+        for name, memory in state["memory"].items():
+            if name not in self._shapes:
+                raise ValueError(f"the state has a memory for {name!r}, which is not a parameter here")
+            if memory.shape[-1] != self._shapes[name].numel():
+                raise ValueError(
+                    f"the state's memory of {name!r} has {memory.shape[-1]} elements, the parameter has "
+                    f"{self._shapes[name].numel()}"
+                )
+        saved_as = None if state["rank"] is None else (state["rank"], state["size"])
+        here = self._place
+        if saved_as and here and saved_as != here:
+            raise ValueError(
+                f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
+            )
+        self._memory.load_state_dict(state["memory"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._ledger.load_state_dict(state["ledger"])
+        self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
+
+    def reset_memory(self) -> None:
+        """Forget what the memory holds. Do it on all ranks, between exchanges."""
+        self._memory.reset()
+
+    def residual(self, name: str) -> Tensor | None:
+        """What this rank's memory has still to send of a tensor, flat; None for nothing.
+
+        Raises:
+            TypeError: the memory is of another kind.
+        """
+        return self._memory.residual(name)
+
+    def _meet(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> MPI.Intracomm:
+        """A communicator of ``ranks`` alone, once all are there and agree. Collective; see :meth:`Reducer.open`."""
+        from .exchange import abort_on_uncaught_exception, rendezvous
+
+        here = (ranks.index(communicator.Get_rank()), len(ranks))
+        origin = "a state of its own, or none"
+        if self._saved_as not in (None, here):
+            saver = f"rank {self._saved_as[0]} of {self._saved_as[1]}"
+            origin = (
+                f"the state saved by {saver}, being rank {here[0]} of {here[1]} "
+                "(each rank loads its own file, and as many ranks resume as have saved)"
+            )
+        private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
+        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
+            raise RankMismatchError(f"this rank has {origin}")
+        abort_on_uncaught_exception(private)
+        self._place = here
+        self._ledger.shared.mpi += sent
+        return private
+
+    def _statement(self, *expects: str) -> str:
+        shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
+        return "\n".join(
+            [
+                f"message format {wire.VERSION}",
+                f"operator {self._operator!r}",
+                f"memory {self._memory!r}",
+                f"dense_below={self._dense_below}",
+                f"seed={self._seed}",
+                *expects,
+                *shapes,
+            ]
+        )
+
+    def _take(self) -> tuple[dict[str, Pending], Exception | None]:
+        """What was added since the last time, in the order that is the same on all ranks, or why it was not."""
+        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
+        failure, self._pending, self._failure = self._failure, {}, None
+        return pending, failure
+
+    def _energy(self) -> float:
+        """The squared norm of what was compressed since the last time, if the schedule asks for it."""
+        energies, self._energies = list(self._energies.values()), {}
+        return _total(energies)
+
+    def _compress(self, name: str, tensor: Tensor) -> Pending:
+        flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+        is_small = len(flat) < self._dense_below
+        if is_small and not self._memory.covers_small:
+            return Pending(flat, Message.dense(flat.clone()), compressed=False, remembered=False)
+        compensated = self._memory.compensate(name, flat)
+        try:
+            return Pending(flat, self._encode(name, compensated, is_small), not is_small, remembered=True)
+        except Exception:
+            self._memory.rollback(name)
+            raise
+
+    def _encode(self, name: str, compensated: Tensor, is_small: bool) -> Message:
+        if is_small:
+            return Message.dense(compensated.clone())
+        if self._schedule.needs_energy:
+            self._energies[name] = compensated.square().sum()
+        operator = self._schedule.operator(name)
+        generator = None
+        if operator.draws:
+            generator = self._generator(name, ALIKE if operator.shared_draws else self.rank, compensated.device)
+        message = operator.encode(compensated, generator=generator)
+        if message.numel != len(compensated):
+            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(compensated)}")
+        return message
+
+    def _commit(self, pending: Mapping[str, Pending]) -> None:
+        for name, p in pending.items():
+            if p.remembered:
+                self._memory.commit(name, p.message)
+
+    def _rollback(self, pending: Mapping[str, Pending]) -> None:
+        for name, p in pending.items():
+            if p.remembered:
+                self._memory.rollback(name)
+
+    def _generator(self, name: str, who: int, device: torch.device) -> torch.Generator:
+        key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _total(numbers: list[Tensor]) -> float:
+    """One transfer for all: on a GPU each read of a number waits for the device."""
+    return float(torch.stack([n.double().to(numbers[0].device) for n in numbers]).sum()) if numbers else 0.0

@@ -1,0 +1,93 @@
+"""What optimizers have in common that take local steps with another optimizer."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .membership import check_named_parameters
+
+
+class Wrapped(torch.optim.Optimizer):
+    """An optimizer whose ``param_groups`` and ``state`` are those of another one, which takes the local steps.
+
+    Args:
+        optimizer: the other one; it is :attr:`optimizer`.
+        named_parameters: names of all its parameters; of more, if you like.
+
+    Raises:
+        TypeError, ValueError: no optimizer, or one of its parameters has no name.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
+    ) -> None:
+        # The base class's own __init__ would build param_groups anew: they are the wrapped optimizer's.
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        self.optimizer = optimizer
+        self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The wrapped optimizer's."""
+        return self.optimizer.defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not possible: the other ranks would not know.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"make a new {type(self).__name__} after changing the model, on all ranks")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The wrapped optimizer's."""
+        self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    # torch.amp.GradScaler would not call step() after an overflow on this rank; the ranks would then lose count of
+    # their steps and wait for each other. With this mark it always calls, and leaves its two findings on the object.
+    _step_supports_amp_scaling = True
+
+    def _local_step(self, closure: Callable[[], float] | None) -> float | None:
+        if bool(getattr(self, "found_inf", False)):
+            return None
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            for p in self._parameters.values():
+                if p.grad is not None:
+                    p.grad.div_(scale.to(p.grad.device))
+        return self.optimizer.step(closure)
+
+
+def _parameters_of(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.nn.Parameter]:
+    """The optimizer's parameters by name, in the order of the names."""
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    chosen = {name: p for name, p in named.items() if id(p) in own}
+    if len(chosen) != len(own):
+        raise ValueError(f"{len(own) - len(chosen)} of the optimizer's parameters are not in named_parameters")
+    return chosen
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Tells the ranks' starting points apart."""
+    crc = 0
+    for tensor in tensors.values():
+        crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data, crc)
+    return f"{crc:08x}"
