@@ -42,6 +42,7 @@ _CODED = (_RICE, _FIXED)  # those that take part in the index streams
 _FLOATS, _SYMMETRIC, _RANGE, _CODEBOOK = range(4)  # what a message's values are
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MANY_DIMENSIONS = 3  # as the number of dimensions: a varint with the real one follows
+_MOST_DIMENSIONS = 64  # torch has no tensors with more
 _MAX_BITS = 16  # of a level
 
 Bytes = npt.NDArray[np.uint8]
@@ -376,6 +377,8 @@ def _read_table(body: memoryview, count: int) -> tuple[list[_Entry], int]:
 
 
 def _check_entry(entry: _Entry) -> None:
+    if len(entry.shape) > _MOST_DIMENSIONS:
+        raise WireError(f"a tensor of {len(entry.shape)} dimensions")
     if math.prod(max(1, size) for size in entry.shape) >= 1 << 62:  # an empty tensor's other sizes are multiplied too
         raise WireError(f"a tensor of shape {entry.shape} is too large to be true")
     if entry.support > _BLOCK or (entry.parameter and entry.support not in _CODED):
