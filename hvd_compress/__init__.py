@@ -1,5 +1,6 @@
 """Compressed communication for Horovod: sparse messages that really travel sparse, and local SGD."""
 
+from .checkpoint import EXIT_REQUEUE, Checkpoint, Checkpoints, Interruption, random_state, set_random_state
 from .compression import Compression
 from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
 from .gradient import GradientCompressor
@@ -9,8 +10,12 @@ from .local_sgd import QsparseLocalSGD, post_local, sync_at
 __version__ = "0.1.0"
 
 __all__ = [
+    "EXIT_REQUEUE",
+    "Checkpoint",
+    "Checkpoints",
     "Compression",
     "GradientCompressor",
+    "Interruption",
     "Ledger",
     "NonFiniteError",
     "PeerError",
@@ -19,5 +24,7 @@ __all__ = [
     "Traffic",
     "WireError",
     "post_local",
+    "random_state",
+    "set_random_state",
     "sync_at",
 ]
