@@ -17,16 +17,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import submitit
 from submitit.helpers import DelayedSubmission
 
 REQUEUE_SECONDS = 60  # in which Slurm ends the tasks of a job that is requeued
-
-
-class JobError(RuntimeError):
-    """The job ends without success; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +34,10 @@ class Job:
     stop_after: float | None = None  # seconds; None: Slurm sends the signal
 
     def __call__(self) -> None:
-        """Run the ranks to their end.
-
-        Raises:
-            JobError: they failed, or the job was requeued too often.
-        """
+        """Run the ranks to their end; ends this process with an error if they failed or were restarted too often."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restarts > self.max_requeues:
-            raise JobError(
+            fail(
                 f"this is restart {restarts}, and max_requeues={self.max_requeues}: a job that gets no further, or "
                 "ends its nodes, would be requeued for ever. Look at the log, then submit it again"
             )
@@ -63,7 +55,7 @@ class Job:
             _requeue(requeue)
         elif status:
             why = f"signal {-status}" if status < 0 else f"exit status {status}"
-            raise JobError(f"the script ended with {why}; what it said is above and in the other ranks' logs")
+            fail(f"the script ended with {why}; what it said is above, or in another rank's log")
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit runs after the requeue: the same; the script finds its own checkpoint."""
@@ -88,10 +80,16 @@ def _requeue(by_submitit: Any) -> None:
     if environment.global_rank == 0:
         state = _state(environment.raw_job_id) if environment.cluster == "slurm" else "RUNNING"
         if state != "RUNNING":  # scancel sends the same signal, and a requeue would bring the job back
-            raise JobError(f"the ranks have saved their state; the job is not requeued, since it is {state}")
+            fail(f"the ranks have saved their state; the job is not requeued, since it is {state}")
         by_submitit(signal.SIGUSR2, None)
     time.sleep(REQUEUE_SECONDS)
-    raise JobError("the ranks have saved their state, but the job was not requeued")
+    fail("the ranks have saved their state, but the job was not requeued")
+
+
+def fail(message: str) -> NoReturn:
+    """Not by an exception: submitit would bury the script's own error below two tracebacks."""
+    environment = submitit.JobEnvironment()
+    sys.exit(f"error: task {environment.global_rank} on {environment.hostname}: {message}")
 
 
 def _state(job_id: str) -> str:

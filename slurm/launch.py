@@ -17,6 +17,17 @@ HERE = Path(__file__).resolve().parent
 RANK = HERE / "rank.py"
 BOOTSTRAP = HERE.parent / "scripts" / "bootstrap.py"
 
+# When a node is lost, the other ranks fail within seconds, and a job that ended then would have failed by itself.
+# Slurm notices after SlurmdTimeout (some minutes), and requeues the job if it is still there.
+TEARDOWN = """\
+status=$?
+alive="srun --overlap --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --mpi=none --output=/dev/null true"
+if [ $status -ne 0 ] && ! timeout 60 $alive; then
+  echo "error: a node does not answer; waiting for Slurm to notice and to requeue the job" >&2
+  sleep 1800
+fi
+exit $status"""
+
 # A job that waits in the queue keeps the launcher that it was submitted with.
 cloudpickle.register_pickle_by_value(job_module)
 
@@ -75,6 +86,7 @@ def slurm_executor(profile: Profile, folder: Path, name: str, *, parallel: int =
         "gpus_per_node": profile.gpus_per_node or None,
         "signal_delay_s": profile.signal_seconds,
         "setup": _setup(profile),
+        "teardown": TEARDOWN.splitlines(),
         "srun_args": _srun_arguments(profile),
         "use_srun": profile.launcher == "srun",
         "array_parallelism": parallel,

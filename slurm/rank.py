@@ -43,8 +43,11 @@ def main() -> None:
         if status in (0, os.EX_TEMPFAIL):  # on all ranks
             raise SystemExit(status) from None
         leave(status)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:
+        trace = error.__traceback__
+        while trace and trace.tb_next and trace.tb_frame.f_code.co_filename != script:
+            trace = trace.tb_next  # down to the script's own lines
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         leave(1)
 
 

@@ -154,7 +154,10 @@ def follow(job: str, folder: Path) -> int:
         print(f"\nJob {job} goes on. To end it: python {sys.argv[0]} cancel {job}")
         return 130
     print(f"Job {job} ended: {state}.")
-    return 0 if state == "COMPLETED" else 1
+    if state == "COMPLETED":
+        return 0
+    print(f"Logs of all ranks: {folder}/{job}_*_log.err", file=sys.stderr)
+    return 1
 
 
 def run_locally(profile: Profile, folder: Path, script: list[str]) -> int:
