@@ -51,6 +51,9 @@ class Job:
         finally:
             if ranks.poll() is None:
                 ranks.terminate()
+            # From here to the end of this process they would end it, as Python takes its handlers away first.
+            for number in (signal.SIGUSR2, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
         if status == os.EX_TEMPFAIL:
             _requeue(requeue)
         elif status:

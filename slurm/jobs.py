@@ -57,20 +57,7 @@ def states(jobs: Sequence[str]) -> list[State]:
     Raises:
         SlurmError: Slurm does not answer.
     """
-    if not jobs:
-        return []
-    known: dict[str, State] = {}
-    # %F_%K would be a job's and its place in the array; %i has both only where there is an array.
-    for line in _output("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%j|%M|%R").splitlines():
-        job, state, name, elapsed, nodes = line.split("|", 4)
-        known[job] = State(job, state, name, elapsed, nodes)
-    ended = sorted({job.partition("_")[0] for job in jobs if job not in known}, key=int)
-    if ended:
-        columns = "JobID,State,JobName,Elapsed,NodeList"
-        command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(ended)}"]
-        for line in _output(*command, f"--format={columns}").splitlines():
-            job, state, name, elapsed, nodes = line.split("|", 4)
-            known.setdefault(job, State(job, state.split()[0], name, elapsed, nodes))
+    known = _known(jobs)
     return [known.get(job, State(job, "UNKNOWN")) for job in jobs]
 
 
@@ -88,6 +75,10 @@ def cancel(jobs: Sequence[str]) -> None:
     Raises:
         SlurmError: there is no such job, or it is another user's.
     """
+    # scancel says nothing about numbers that it does not know.
+    known = {number for job in _known(jobs) for number in (job, job.partition("_")[0])}
+    if unknown := [job for job in jobs if job not in known]:
+        raise SlurmError(f"there is no job {', '.join(unknown)}")
     _output("scancel", *jobs)
 
 
@@ -155,6 +146,22 @@ class _EndUnderSlurm:
         if found.state == "UNKNOWN" and now - self._since > UNKNOWN_SECONDS:
             return found.state
         return found.state if found.state in FINAL else None
+
+
+def _known(jobs: Sequence[str]) -> dict[str, State]:
+    """By number; these jobs if Slurm knows them, and others."""
+    known: dict[str, State] = {}
+    for line in _output("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%j|%M|%R").splitlines():
+        job, state, name, elapsed, nodes = line.split("|", 4)
+        known[job] = State(job, state, name, elapsed, nodes)
+    ended = sorted({job.partition("_")[0] for job in jobs if job not in known})
+    if ended:
+        columns = "JobID,State,JobName,Elapsed,NodeList"
+        command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(ended)}"]
+        for line in _output(*command, f"--format={columns}").splitlines():
+            job, state, name, elapsed, nodes = line.split("|", 4)
+            known.setdefault(job, State(job, state.split()[0], name, elapsed, nodes))
+    return known
 
 
 def _output(*command: str) -> str:
