@@ -11,9 +11,9 @@ names differ, MPI's messages between nodes really take a network (a bridge), and
 What the nodes share is the file system, as on most clusters. The GPUs are pretended: Slurm counts them, and there is
 nothing behind them.
 
-Needs root, and on Debian 12: apt-get install slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge libpmix-dev
-iproute2 slurmdbd slurm-wlm-mysql-plugin mariadb-server. No configuration of the system is touched; everything lies in
-one directory, and all processes live in one process namespace that ends as a whole.
+Needs root, and on Debian 12: apt-get install --no-install-recommends $(python3 slurm/sandbox.py packages)
+No configuration of the system is touched; everything lies in one directory, and all processes live in one process
+namespace that ends as a whole.
 """
 
 from __future__ import annotations
@@ -191,8 +191,9 @@ class Sandbox:
         _check([*network, "set", f"v-{name}", "master", "br0", "up"])
         self.run("ip", "address", "add", f"{NETWORK}.{number}/24", "dev", "eth0", host=name)
         self.run("ip", "link", "set", "eth0", "up", host=name)
-        for folder in ("spool", "tmp"):
-            (self.directory / folder / name).mkdir(exist_ok=True)
+        for folder in ("spool", "tmp"):  # a crash leaves sockets behind, which slurmd does not clear away
+            shutil.rmtree(self.directory / folder / name, ignore_errors=True)
+            (self.directory / folder / name).mkdir()
         self.run("slurmd", "-N", name, host=name)
         if wait:
             self._until(30, self._all_idle, name)
@@ -424,7 +425,11 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=DIRECTORY, help="of its files (%(default)s)")
     parser.add_argument("--nodes", type=int, default=4, help="how many; the same for all commands (%(default)s)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (("start", "start a cluster"), ("stop", "end it")):
+    for name, text in (
+        ("start", "start a cluster"),
+        ("stop", "end it"),
+        ("packages", "those of Debian 12 that it needs"),
+    ):
         commands.add_parser(name, help=text)
     for name, text in (("crash", "end a node's processes"), ("boot", "start a node again")):
         commands.add_parser(name, help=text).add_argument("node")
@@ -432,7 +437,9 @@ def main() -> None:
     args = parser.parse_args()
     sandbox = Sandbox(args.directory, nodes=args.nodes)
     try:
-        if args.command == "start":
+        if args.command == "packages":
+            print(PACKAGES)
+        elif args.command == "start":
             began = time.monotonic()
             sandbox.start()
             print(f"{len(sandbox.names)} nodes are up after {time.monotonic() - began:.0f} s, in {sandbox.directory}")

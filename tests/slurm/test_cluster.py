@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sandbox import Sandbox, missing
+from sandbox import Sandbox
 
 ROOT = Path(__file__).parents[2]
 TRAINING = str(Path(__file__).with_name("training.py"))
@@ -98,8 +98,6 @@ def number(ended: subprocess.CompletedProcess[str]) -> str:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    if reason := missing():
-        pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     yield cluster
     cluster.sandbox.stop()
@@ -254,8 +252,6 @@ def test_time_out(cluster: Cluster, timed_out: str, uninterrupted: dict[str, Any
 
 def test_nothing_is_left() -> None:
     """After a stop, and after the end of the process that started it."""
-    if reason := missing():
-        pytest.skip(reason)
     script = (
         "import sys, os, signal; from pathlib import Path; from sandbox import Sandbox\n"
         "sandbox = Sandbox(Path(sys.argv[1]), nodes=1, dies_with_parent=True)\n"
