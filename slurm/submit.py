@@ -65,7 +65,7 @@ def do_submit(args: argparse.Namespace, script: list[str]) -> int:
     check_script(script)
     name = args.name or Path(script[0]).stem
     if args.cluster == "debug":
-        return run_here(script)
+        return run_here(args.folder, script)
     if args.cluster == "local":
         return run_locally(profile, args.folder, script)
     executor = slurm_executor(profile, args.folder, name)
@@ -175,7 +175,7 @@ def run_locally(profile: Profile, folder: Path, script: list[str]) -> int:
     return 1 if submitted.exception() else 0
 
 
-def run_here(script: list[str]) -> int:
+def run_here(folder: Path, script: list[str]) -> int:
     """One rank, in this process."""
 
     def in_process() -> None:
@@ -183,7 +183,7 @@ def run_here(script: list[str]) -> int:
         sys.path[0] = str(Path(script[0]).resolve().parent)
         runpy.run_path(script[0], run_name="__main__")
 
-    submitit.DebugExecutor(Path("runs") / "debug").submit(in_process).result()
+    submitit.DebugExecutor(folder).submit(in_process).result()
     return 0
 
 

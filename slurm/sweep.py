@@ -133,7 +133,7 @@ def table(results: Sequence[Result]) -> Table:
     names = list(dict.fromkeys(name for settings, _ in groups for name in settings))
     rendered = Table(*names, title="Finished runs")
     for column in ("seeds", "accuracy", "MB sent\nper rank"):
-        rendered.add_column(column, justify="right")
+        rendered.add_column(column, justify="right", no_wrap=True)
     for settings, group in groups:
         accuracy, megabytes = _statistics(group)
         spread = f" ± {accuracy[1]:.1%}".replace("%", "") if len(group) > 1 else ""

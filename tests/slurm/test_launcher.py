@@ -145,7 +145,7 @@ class TestCommandLine:
     def test_debug_runs_in_this_process(self, tmp_path: Path) -> None:
         script = tmp_path / "hello.py"
         script.write_text("import sys, os\nprint('here', sys.argv[1:], __name__, os.getppid())\n")
-        ended = submit("--cluster", "debug", "--", str(script), "--a", "b")
+        ended = submit("--cluster", "debug", "--folder", str(tmp_path), "--", str(script), "--a", "b")
         assert f"here ['--a', 'b'] __main__ {os.getpid()}" in ended.stdout
         assert ended.returncode == 0
 
