@@ -19,10 +19,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")  # login nodes have no display
-import matplotlib.pyplot as plt
 import yaml
 from profiles import ProfileError
 from rich.table import Table
@@ -144,6 +140,12 @@ def table(results: Sequence[Result]) -> Table:
 
 def draw(results: Sequence[Result], path: Path) -> None:
     """Accuracy against megabytes sent; a bar is one standard deviation over the seeds."""
+    # Here, since it takes a second, which every other command would have to wait too.
+    import matplotlib as mpl
+
+    mpl.use("Agg")  # login nodes have no display
+    import matplotlib.pyplot as plt
+
     with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
         for number, (settings, group) in enumerate(over_seeds(results)):

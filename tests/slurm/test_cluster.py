@@ -148,11 +148,11 @@ class TestErrors:
         assert "unknown setting 'rank_per_node': did you mean 'ranks_per_node'?" in ended.stderr
 
     def test_script_that_raises_on_one_rank(self, cluster: Cluster, timed_out: str) -> None:
-        ended = cluster.train("raises", "--raise-at=3")
+        ended = cluster.train("raises", "--raise-at=3", settings=["--ranks-per-node=1"])
         assert ended.returncode == 1
         assert "FAILED" in ended.stdout
         job = number(ended)
-        assert "RuntimeError: this rank was told to fail in step 3" in cluster.log(job, "err", rank=3)
+        assert "RuntimeError: this rank was told to fail in step 3" in cluster.log(job, "err", rank=1)
         assert "restarted 1 times" not in cluster.log(job)  # its own error is no reason to start it again
 
     def test_ranks_that_do_not_find_each_other(self, cluster: Cluster, timed_out: str) -> None:
@@ -173,7 +173,7 @@ class TestErrors:
 
 def test_cancel(cluster: Cluster, timed_out: str) -> None:
     """It saves its state, since a cancellation looks like a preemption; and it stays cancelled."""
-    job = cluster.start("cancelled", "--pause=0.5")
+    job = cluster.start("cancelled", "--pause=0.5", settings=["--ranks-per-node=1"])
     cluster.wait(job, lambda: "starts at" in cluster.log(job))
     assert cluster.submit("cancel", job).returncode == 0
     assert cluster.wait_for_end(job) == "CANCELLED"
@@ -187,6 +187,7 @@ def test_cancel(cluster: Cluster, timed_out: str) -> None:
 def test_sweep(cluster: Cluster, tmp_path: Path, timed_out: str) -> None:
     (tmp_path / "grid.yaml").write_text("- {ratio: [0.01], seed: [0, 1]}\n- {ratio: [0.1], steps: [3]}\n")
     sweep, options = cluster.runs / "sweep", [f"--folder={cluster.folder}", "--profile=sandbox", "--nodes=1"]
+    options += ["--ranks-per-node=1"]
     ended = cluster.submit(
         "sweep", str(tmp_path / "grid.yaml"), f"--output={sweep}", *options, "--", TRAINING, "--output={run}"
     )
