@@ -36,4 +36,4 @@ check: lint test ## what continuous integration runs
 clean: ## remove .venv and everything that was built here (the cached Horovod stays)
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find hvd_compress -name '*.so' -delete
-	find hvd_compress examples scripts tests -name __pycache__ -prune -exec rm -rf {} +
+	find hvd_compress benchmarks examples scripts slurm tests -name __pycache__ -prune -exec rm -rf {} +

@@ -49,8 +49,8 @@ setup(
     install_requires=["horovod==0.28.1", "mpi4py>=4", "numpy", "rich", "torch>=2.1"],
     extras_require={
         "train": ["matplotlib", "pillow", "scikit-learn", "torchvision", "tqdm"],
-        "slurm": ["submitit>=1.5"],
-        "test": ["hypothesis", "mypy", "pytest", "ruff", "types-tqdm"],
+        "slurm": ["cloudpickle", "matplotlib", "pyyaml", "submitit>=1.5"],
+        "test": ["hypothesis", "mypy", "pytest", "ruff", "types-pyyaml", "types-tqdm"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
     },
 )

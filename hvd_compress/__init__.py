@@ -2,6 +2,7 @@
 
 from .async_local_sgd import AsyncQsparseLocalSGD, random_gaps
 from .cd_adam import CDAdam
+from .checkpoint import EXIT_REQUEUE, Checkpoint, Checkpoints, Interruption, random_state, set_random_state
 from .compression import Compression
 from .dqgan import DQGAN
 from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
@@ -13,10 +14,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DQGAN",
+    "EXIT_REQUEUE",
     "AsyncQsparseLocalSGD",
     "CDAdam",
+    "Checkpoint",
+    "Checkpoints",
     "Compression",
     "GradientCompressor",
+    "Interruption",
     "Ledger",
     "NonFiniteError",
     "PeerError",
@@ -26,5 +31,7 @@ __all__ = [
     "WireError",
     "post_local",
     "random_gaps",
+    "random_state",
+    "set_random_state",
     "sync_at",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from sandbox import missing
 from world import World
 
 # A busy machine is no failure.
@@ -51,7 +52,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("ranks", marker.args if marker else (2,), ids=lambda n: f"{n} ranks")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-slurm", action="store_true", help="fail where the tests on Slurm would be skipped")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests without ranks first, then world by world, so that each is started once."""
 
     def ranks(item: pytest.Item) -> int:
@@ -63,3 +68,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+    on_slurm = [item for item in items if item.get_closest_marker("slurm")]
+    if on_slurm and (reason := missing()):
+        if config.getoption("--require-slurm"):
+            raise pytest.UsageError(f"--require-slurm: {reason}")
+        for item in on_slurm:
+            item.add_marker(pytest.mark.skip(reason=reason))

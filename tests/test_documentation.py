@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import horovod.torch as hvd
 import pytest
 import torch
 from world import launch
@@ -99,3 +104,41 @@ def test_every_compressor_is_in_the_table_with_a_test_that_exists() -> None:
 def test_names_in_the_readme_exist() -> None:
     for name in re.findall(r"`Compression\.(\w+)", (ROOT / "README.md").read_text()):
         assert hasattr(Compression, name)
+
+
+def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, and called again: as if it had not been."""
+    (block,) = code_blocks(ROOT / "docs" / "slurm.md", "python")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    hvd.init()
+
+    def run(directory: str, interrupted_after: int | None) -> torch.Tensor:
+        (tmp_path / directory).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / directory)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def batches_from(start: int) -> Iterator[torch.Tensor]:
+            for step in range(start, 10):
+                if step == interrupted_after:
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                yield torch.randn(4, 3)
+
+        names["train"](model, optimizer, batches_from, 10)
+        return model.weight.detach()
+
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        expected = run("at-once", None)
+        with pytest.raises(SystemExit) as ended:
+            run("twice", 6)
+        assert ended.value.code == 75
+        while signal.sigpending():
+            signal.sigtimedwait([signal.SIGUSR2], 0)
+        assert torch.equal(run("twice", None), expected)
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2])

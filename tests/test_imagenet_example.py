@@ -6,6 +6,12 @@ import argparse
 import hashlib
 import importlib
 import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -13,8 +19,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from world import launch
+from world import environment, launch, mpirun_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ["--epochs", "1", "--limit-train-batches", "2", "--batch-size", "8"]
@@ -35,6 +42,12 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(EXAMPLES)
     return importlib.import_module("imagenet_resnet50")
+
+
+@pytest.fixture
+def data(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("imagenet_data")
 
 
 @pytest.fixture
@@ -96,9 +109,9 @@ class TestEmbeddedImages:
 
 class TestParts:
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 12])
-    def test_every_validation_image_is_on_exactly_one_rank(self, script: ModuleType, size: int) -> None:
+    def test_every_validation_image_is_on_exactly_one_rank(self, data: ModuleType, size: int) -> None:
         images = [f"image {i}" for i in range(11)]
-        shards = [list(script.shard(images, rank, size)) for rank in range(size)]
+        shards = [list(data.shard(images, rank, size)) for rank in range(size)]
         assert sorted(chain.from_iterable(shards)) == sorted(images)
         assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
@@ -107,6 +120,25 @@ class TestParts:
         expected = {0.5: 0.1, 2.5: 0.5, 5: 1, 30: 1, 30.001: 0.1, 60: 0.1, 60.001: 0.01, 80: 0.01, 90: 0.001}
         assert {epoch: script.lr_factor(epoch, args) for epoch in expected} == pytest.approx(expected)
         assert script.lr_factor(0.01, argparse.Namespace(warmup_epochs=0, drop_at=[])) == 1
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_an_epoch_can_begin_anywhere(self, data: ModuleType, photographs: Path, workers: int) -> None:
+        """The same images with the same augmentations as in a whole epoch, and other ones in another epoch."""
+        args = argparse.Namespace(data=photographs, image_size=32, is_embedded=False, batch_size=2, workers=workers)
+        images, _ = data.open_images(args)
+
+        def batches(epoch: int, skip: int) -> list[list[torch.Tensor]]:
+            torch.rand(skip + workers)  # the global generator does not matter
+            augmented = data.Augmented(images, seed=3)
+            sampler = data.EpochSampler(augmented, 1, 2, seed=3, batch_size=2)
+            sampler.begin(epoch, skip=skip)
+            return list(data.loader(augmented, args, sampler=sampler, drop_last=True))
+
+        args.workers, whole = 0, batches(2, 0)
+        args.workers, rest = workers, batches(2, 1)
+        assert len(whole) == 4
+        assert all(torch.equal(a, b) for x, y in zip(whole[1:], rest, strict=True) for a, b in zip(x, y, strict=True))
+        assert not torch.equal(batches(3, 0)[0][0], whole[0][0])
 
 
 class TestRuns:
@@ -162,6 +194,91 @@ class TestRuns:
         assert (epoch["megabytes_sent"], epoch["ratio_to_fp32"]) == (0, None)
 
 
+class TestInterruption:
+    """`kill -USR2` of mpirun, which passes it on to its ranks, and the same command again."""
+
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        options = ["--epochs", 2, "--batch-size", 2, "--image-size", 32, "--workers", 0, *arguments]
+        return subprocess.Popen(
+            [*mpirun_command(2), sys.executable, EXAMPLES / "imagenet_resnet50.py", *map(str, options)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    @pytest.mark.parametrize("method", ["--sync-every 2", "--optimizer gradient --ratio 0.01"])
+    def test_goes_on_bit_for_bit(self, photographs: Path, tmp_path: Path, method: str) -> None:
+        at_once, twice = tmp_path / "at-once", tmp_path / "twice"
+        whole = self.start("--data", photographs, *method.split(), "--checkpoint", at_once, "--output", tmp_path)
+        text, _ = whole.communicate(timeout=180)
+        assert whole.returncode == 0, text
+
+        # A checkpoint in each step makes the moment known: it is in the middle of the first epoch.
+        options = ["--data", photographs, *method.split(), "--checkpoint", twice, "--output", tmp_path / "out"]
+        first = self.start(*options, "--checkpoint-every", 1)
+        try:
+            deadline = time.monotonic() + 120
+            while not (twice / "step-0000000001").exists() and first.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            first.send_signal(signal.SIGUSR2)
+            text, _ = first.communicate(timeout=120)
+        finally:
+            first.kill()
+        assert first.returncode == 75, text
+        saved = int(re.findall(r"Saved as checkpoint (\d+)", text)[0])
+        assert 1 <= saved < 9
+
+        second = self.start(*options)
+        text, _ = second.communicate(timeout=180)
+        assert second.returncode == 0, text
+        assert f"checkpoint {saved}." in text
+        for rank in range(2):
+            file = f"step-0000000010/rank-0000{rank}.pt"
+            one, other = (torch.load(d / file, weights_only=True)["state"] for d in (at_once, twice))
+            for name in ("model", "optimizer", "schedule", "books"):
+                assert_equal(one[name], other[name], name)
+            assert_equal(one["random"]["torch"], other["random"]["torch"])
+        same = [
+            [(record["epoch"], record["train_loss"], record["accuracy"]) for record in metrics(output)]
+            for output in (tmp_path, tmp_path / "out")
+        ]
+        assert same[0] == same[1]
+        assert [epoch for epoch, *_ in same[0]] == [1, 2]
+        for directory in (at_once, twice):  # pytest keeps what is left
+            shutil.rmtree(directory)
+
+    def test_other_settings_or_ranks(self, tmp_path: Path) -> None:
+        options = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path]
+        status, text = run(1, *options)
+        assert status == 0, text
+        status, text = run(1, *options, "--lr", "0.5")
+        assert status == 1
+        assert "lr was 0.08, is 0.5" in text
+        status, text = run(2, *options)
+        assert status == 1
+        assert "was saved by 1 ranks, this job has 2" in text
+        assert "Traceback" not in text
+
+
+def assert_equal(one: Any, other: Any, where: str = "") -> None:
+    """To the bit, in whatever they are nested."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {"shared"}:  # bytes of the ledger: the ranks greet each other once more
+            assert_equal(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b, where)
+    else:
+        assert one == other, where
+
+
 class TestErrors:
     def failure(self, *arguments: object, ranks: int = 2) -> str:
         status, text = run(ranks, *arguments)
@@ -175,15 +292,15 @@ class TestErrors:
         text = self.failure("--data", photographs, "--output", tmp_path / "out")
         assert f"there is no directory {photographs / 'val'}" in text
 
-    def test_empty_class(self, script: ModuleType, photographs: Path) -> None:
+    def test_empty_class(self, data: ModuleType, photographs: Path) -> None:
         (photographs / "train" / "n01484850").mkdir()
         with pytest.raises(OSError, match="n01484850"):
-            script.open_images(argparse.Namespace(data=photographs, image_size=64, is_embedded=False))
+            data.open_images(argparse.Namespace(data=photographs, image_size=64, is_embedded=False))
 
-    def test_other_classes_in_validation(self, script: ModuleType, photographs: Path) -> None:
+    def test_other_classes_in_validation(self, data: ModuleType, photographs: Path) -> None:
         (photographs / "val" / "n01443537").rename(photographs / "val" / "n01484850")
         with pytest.raises(ValueError, match="differ in their classes: n01443537, n01484850"):
-            script.open_images(argparse.Namespace(data=photographs, image_size=64, is_embedded=False))
+            data.open_images(argparse.Namespace(data=photographs, image_size=64, is_embedded=False))
 
     def test_too_few_images(self, photographs: Path, tmp_path: Path) -> None:
         text = self.failure(
@@ -204,6 +321,7 @@ class TestErrors:
             ("--optimizer gradient --sync-every 4", "--sync-every is for --optimizer local-sgd"),
             ("--optimizer gradient --compression none --compare", "choose another"),
             ("--epochs 0", "must be 1 or more"),
+            ("--compare --checkpoint somewhere", "--checkpoint is for one run"),
         ],
     )
     def test_contradictions(self, arguments: str, expected: str) -> None:

@@ -1,0 +1,102 @@
+"""Training that a preempted job goes on with, bit for bit: when to save, what, and when to stop."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import horovod.torch as hvd
+from ranks import device, fail, say
+
+from hvd_compress import EXIT_REQUEUE, Checkpoints, Interruption, random_state, set_random_state
+
+
+class Stateful(Protocol):
+    """A model, an optimizer, a scheduler, a compressor, a ledger …"""
+
+    def state_dict(self) -> Any:
+        """All of it."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Inverse of ``state_dict``."""
+
+
+class Resumable:
+    """The checkpoints of a run; without a directory, nothing is saved and signals end the program as always.
+
+    Args:
+        directory: the checkpoints'.
+        parts: all that changes in training and differs from a fresh start, but for the random generators.
+        settings: which a resumed run must share with the one that was saved; plain values.
+        save_every: steps from one checkpoint to the next, in case that a node fails.
+        ask_every: steps after which the ranks agree on whether to go on. With local steps, take their period: to
+            agree makes the ranks wait for each other.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        parts: Mapping[str, Stateful],
+        settings: Mapping[str, Any],
+        *,
+        save_every: int,
+        ask_every: int,
+    ) -> None:
+        self._parts = parts
+        self._settings = dict(settings)
+        self._save_every = save_every
+        self._ask_every = ask_every
+        self._checkpoints = None if directory is None else Checkpoints(directory)
+        self._interruption = None if directory is None else Interruption()
+
+    def load(self) -> dict[str, Any] | None:
+        """Put the parts into the state of the newest checkpoint.
+
+        Returns:
+            What :meth:`save` was told; None if there is nothing to go on from.
+
+        Ends the program on all ranks if the checkpoint is of other settings or of another number of ranks.
+        """
+        if self._checkpoints is None:
+            return None
+        try:
+            saved = self._checkpoints.load(map_location=device())
+        except ValueError as error:  # raised by every rank
+            fail(str(error))
+        if saved is None:
+            return None
+        before = saved.state["settings"]
+        different = [name for name, value in self._settings.items() if before.get(name) != value]
+        if different:
+            changes = ", ".join(f"{name} was {before.get(name)}, is {self._settings[name]}" for name in different)
+            fail(f"{self._checkpoints.directory} holds a run with other settings: {changes}")
+        for name, part in self._parts.items():
+            part.load_state_dict(saved.state[name])
+        set_random_state(saved.state["random"])
+        say(f"Going on from {self._checkpoints.directory}, checkpoint {saved.step}.")
+        return saved.state["progress"]
+
+    def after_step(self, number: int, progress: Mapping[str, Any]) -> None:
+        """Save if it is time to; if the job is to be interrupted, save and end the program. All ranks call it.
+
+        Args:
+            number: of steps that were taken, in all.
+            progress: what the loop needs to go on from here.
+        """
+        if self._interruption is not None and number % self._ask_every == 0 and self._interruption.agreed():
+            self.save(number, progress)
+            say(f"Interrupted. Saved as checkpoint {number}; the same command goes on from here.")
+            hvd.barrier()
+            sys.exit(EXIT_REQUEUE)
+        if number % self._save_every == 0:
+            self.save(number, progress)
+
+    def save(self, number: int, progress: Mapping[str, Any]) -> None:
+        """As checkpoint ``number``."""
+        if self._checkpoints is None:
+            return
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        own = {"settings": self._settings, "random": random_state(), "progress": dict(progress)}
+        self._checkpoints.save(number, {**state, **own})

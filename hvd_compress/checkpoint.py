@@ -1,0 +1,284 @@
+"""Checkpoints that survive preemption: one file for each rank, all of one step or none at all.
+
+Compressed training has state that differs between ranks (memories, between exchanges also the parameters), so rank 0
+cannot save for the others. A checkpoint is a directory with a file from every rank; it gets its final name when all
+files are on the disk, and what has no final name does not count::
+
+    checkpoints = Checkpoints("runs/first/checkpoint")
+    interruption = Interruption()
+    saved = checkpoints.load()
+    if saved is not None:
+        model.load_state_dict(saved.state["model"])
+        ...
+    for step in range(saved.step if saved else 0, steps):
+        ...
+        if interruption.agreed():  # all ranks, at the same step
+            checkpoints.save(step + 1, {"model": model.state_dict(), ..., "random": random_state()})
+            sys.exit(EXIT_REQUEUE)
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+
+from .membership import members
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI
+    from mpi4py import MPI
+
+EXIT_REQUEUE = os.EX_TEMPFAIL
+"""With this status (75) a script says that it has saved its state and wants to be started again."""
+
+_FORMAT = 1
+_COMPLETE = re.compile(r"step-(\d+)")
+_PARTIAL = ".partial"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What :meth:`Checkpoints.load` found."""
+
+    step: int
+    state: dict[str, Any]  # this rank's
+
+
+class Checkpoints:
+    """The checkpoints of one training run, in a directory that all ranks see.
+
+    Args:
+        directory: on a file system that all nodes share; it is made at the first :meth:`save`.
+        keep: how many of the newest are kept, at least 1. While one is written there is one more.
+        communicator: mpi4py's, of all of Horovod's ranks in their order; None for MPI's world.
+
+    Raises:
+        ValueError: ``keep`` is less than 1.
+        RankMismatchError: mpi4py and Horovod do not see the same ranks.
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, keep: int = 2, communicator: MPI.Intracomm | None = None
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be 1 or more, got {keep}")
+        self.directory = Path(directory)
+        self.keep = keep
+        self._communicator = _private(communicator)
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Write this rank's ``state``; it counts once all ranks have written theirs. Collective.
+
+        A kill at any moment leaves the checkpoints from before whole: files are written and synced in a directory
+        with another name, which is renamed when all are there. A step that has been saved already is left as it is.
+
+        Args:
+            step: 0 or more, the same on all ranks.
+            state: what ``torch.load(weights_only=True)`` accepts: tensors, numbers, strings, lists, dictionaries.
+
+        Raises:
+            ValueError: the ranks are at different steps, or ``step`` is negative.
+            OSError: it could not be written on some rank; every rank raises, and the checkpoints from before stand.
+        """
+        steps = self._communicator.allgather(step)
+        if min(steps) != max(steps) or step < 0:
+            raise ValueError(f"all ranks must save the same step ≥ 0, they are at {sorted({*steps})}")
+        if self._on_first_rank(self._path(step).is_dir):
+            return
+        partial = self._path(step).with_suffix(_PARTIAL)
+        self._on_first_rank(lambda: self._make_room(partial))
+        _, problem = _attempt(lambda: self._write(partial / _file(self._rank), step, state))
+        self._raise_if_any(self._communicator.allgather(problem))
+        self._on_first_rank(lambda: self._complete(partial, self._path(step)))
+
+    def load(self, *, map_location: torch.device | str = "cpu") -> Checkpoint | None:
+        """This rank's part of the newest complete checkpoint; None if there is none. Collective.
+
+        Raises:
+            ValueError: it is another number of ranks' or another format's.
+            OSError: a file could not be read on some rank; every rank raises.
+        """
+        step = self._on_first_rank(lambda: max(self._steps(), default=None))
+        if step is None:
+            return None
+        path = self._path(step)
+        saved_by = self._on_first_rank(lambda: len(list(path.glob("rank-*.pt"))))
+        if saved_by != self._size:
+            raise ValueError(
+                f"{path} was saved by {saved_by} ranks, this job has {self._size}. Memories belong to ranks: start "
+                f"with {saved_by} ranks, or in another directory"
+            )
+        content, problem = _attempt(lambda: _read(path / _file(self._rank), map_location))
+        self._raise_if_any(self._communicator.allgather(problem))
+        assert content is not None
+        if content.get("format") != _FORMAT:
+            raise ValueError(f"{path} has format {content.get('format')!r}, this version reads {_FORMAT}")
+        return Checkpoint(step, content["state"])
+
+    @property
+    def _rank(self) -> int:
+        return self._communicator.Get_rank()
+
+    @property
+    def _size(self) -> int:
+        return self._communicator.Get_size()
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:010d}"
+
+    def _steps(self) -> list[int]:
+        """Of the complete ones."""
+        entries = self.directory.iterdir() if self.directory.is_dir() else ()
+        return [int(match[1]) for entry in entries if (match := _COMPLETE.fullmatch(entry.name))]
+
+    def _make_room(self, partial: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for left_over in self.directory.glob(f"*{_PARTIAL}"):  # by a job that was killed
+            shutil.rmtree(left_over)
+        partial.mkdir()
+
+    def _write(self, file: Path, step: int, state: Mapping[str, Any]) -> None:
+        content = {"format": _FORMAT, "step": step, "rank": self._rank, "size": self._size, "state": dict(state)}
+        with file.open("wb") as opened:
+            torch.save(content, opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+
+    def _complete(self, partial: Path, final: Path) -> None:
+        missing = [rank for rank in range(self._size) if not (partial / _file(rank)).is_file()]
+        if missing:
+            raise OSError(f"{partial} lacks what rank {missing[0]} wrote: it must be on a file system of all nodes")
+        _sync(partial)
+        partial.rename(final)
+        _sync(self.directory)
+        for old in sorted(self._steps())[: -self.keep]:
+            # First it stops being complete, then it goes.
+            hidden = self._path(old).with_suffix(_PARTIAL)
+            self._path(old).rename(hidden)
+            shutil.rmtree(hidden)
+
+    def _on_first_rank(self, action: Callable[[], T]) -> T:
+        """Its result, or its OSError, on all ranks: file systems may show each rank something else."""
+        result, problem = self._communicator.bcast(_attempt(action) if self._rank == 0 else None)
+        self._raise_if_any([problem])
+        return result
+
+    def _raise_if_any(self, problems: Sequence[str | None]) -> None:
+        for rank, problem in enumerate(problems):
+            if problem is not None:
+                raise OSError(f"rank {rank}: {problem}")
+
+
+class Interruption:
+    """Turns signals into a decision that all ranks take at the same step.
+
+    Slurm announces the end of a job's time and a preemption by a signal. It reaches each rank at another moment, some
+    ranks perhaps not at all, and a rank in the middle of a step must finish it, since the others wait for it.
+
+    From here on the signals no longer end this process. Processes that it starts later, such as DataLoader's, inherit
+    that they are blocked: Slurm signals every process of a job, and would end them before the step is done. A second
+    SIGINT (Ctrl-C) raises KeyboardInterrupt as always.
+
+    Args:
+        signals: SIGTERM is what a preemption sends, SIGUSR2 what submitit asks Slurm for.
+        communicator: mpi4py's, of all of Horovod's ranks in their order; None for MPI's world.
+    """
+
+    def __init__(
+        self,
+        signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT),
+        *,
+        communicator: MPI.Intracomm | None = None,
+    ) -> None:
+        self._communicator = _private(communicator)
+        self._requested = False
+        self._blocked = {*signals} - {signal.SIGINT}
+        # Threads that exist already may still receive them, so a handler is needed too.
+        for number in signals:
+            signal.signal(number, self._handle)
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank has been told to stop."""
+        return self._requested or bool(signal.sigpending() & self._blocked)
+
+    def agreed(self) -> bool:
+        """Whether any rank has been told to stop: the same answer on all ranks. Collective.
+
+        One MPI allreduce of a number, which also makes each rank wait for the slowest; with local steps, call it
+        where the ranks exchange anyway.
+        """
+        return bool(self._communicator.allreduce(int(self.requested)))
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the global generators of torch (CPU and this rank's GPU), numpy and Python."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Go on with the random numbers where :func:`random_state` was taken."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])
+
+
+def _private(communicator: MPI.Intracomm | None) -> MPI.Intracomm:
+    """Nothing that goes on elsewhere may meet these messages."""
+    return members(hvd.global_process_set, communicator)[0].Dup()
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank:05d}.pt"
+
+
+def _read(file: Path, map_location: torch.device | str) -> dict[str, Any]:
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds
+        raise OSError(f"{file} cannot be read ({error}); to go on from an older one, delete its directory") from error
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What it returns, and what went wrong, as text that can travel."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _sync(directory: Path) -> None:
+    """Make renamed and new entries last."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

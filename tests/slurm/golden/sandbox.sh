@@ -1,0 +1,32 @@
+#!/bin/bash
+
+# Parameters
+#SBATCH --error=/shared/runs/%j_0_log.err
+#SBATCH --job-name=train
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=2
+#SBATCH --open-mode=append
+#SBATCH --output=/shared/runs/%j_0_log.out
+#SBATCH --partition=debug
+#SBATCH --requeue
+#SBATCH --signal=USR2@120
+#SBATCH --time=20
+#SBATCH --wckey=submitit
+
+# setup
+export OMP_NUM_THREADS=1
+
+# command
+export SUBMITIT_EXECUTOR=slurm
+srun --unbuffered --output /shared/runs/%j_%t_log.out --error /shared/runs/%j_%t_log.err --kill-on-bad-exit=1 --mpi=pmix --cpu-bind=cores /shared/venv/bin/python -u -m submitit.core._submit /shared/runs
+
+
+# teardown
+status=$?
+alive="srun --overlap --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --mpi=none --output=/dev/null true"
+if [ $status -ne 0 ] && ! timeout 60 $alive; then
+  echo "error: a node does not answer; waiting for Slurm to notice and to requeue the job" >&2
+  sleep 1800
+fi
+exit $status
+# /shared/venv/bin/python -u /shared/hvd-compress/slurm/rank.py 8 train.py --lr 0.1

@@ -1,0 +1,223 @@
+"""Profiles, commands, sbatch files and sweeps: all that needs no cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import profiles
+import pytest
+import sweep
+from launch import make_job, slurm_executor
+from profiles import Profile, ProfileError, merge, parse_time
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+SCRIPT = "examples/quickstart.py"
+
+
+def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "slurm/submit.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+class TestProfiles:
+    def test_command_line_beats_profile_beats_default(self) -> None:
+        profile = merge(
+            ("file", {"nodes": 2, "gpus_per_node": 8, "sbatch": {"mem": 0, "qos": "a"}, "modules": ["gcc"]}),
+            ("command line", {"nodes": 4, "sbatch": {"qos": "b"}}),
+        )
+        assert (profile.nodes, profile.gpus_per_node, profile.mpi) == (4, 8, "pmix")
+        assert profile.sbatch == {"mem": 0, "qos": "b"}
+        assert profile.modules == ("gcc",)
+        assert profile.ranks == 32
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({"gpu_per_node": 8}, "unknown setting 'gpu_per_node': did you mean 'gpus_per_node'?"),
+            ({"partion": "gpu"}, "did you mean 'partition'?"),
+            ({"zzz": 1}, "unknown setting 'zzz'; known are partition, account"),
+            ({"time": 43200}, "time must be a text, got 43200 (in YAML, write it in quotes)"),
+            ({"time": "soon"}, "d-hh:mm:ss, got 'soon'"),
+            ({"nodes": "4"}, "nodes must be a whole number"),
+            ({"nodes": True}, "nodes must be a whole number"),
+            ({"nodes": 0}, "nodes must be 1 or more"),
+            ({"launcher": "horovodrun"}, "launcher must be srun or mpirun"),
+            ({"modules": "gcc"}, "modules must be a list of texts"),
+            ({"time": "2"}, "signal_seconds=120 must be less than time=2"),
+            ({"sbatch": {"ntasks_per_node": 3}}, "ntasks_per_node has a setting of its own"),
+        ],
+    )
+    def test_bad_settings(self, settings: dict[str, Any], expected: str) -> None:
+        with pytest.raises(ProfileError) as caught:
+            merge(("profile x", settings))
+        assert expected in str(caught.value)
+        assert str(caught.value).startswith("profile x: ")
+
+    @pytest.mark.parametrize(
+        ("text", "minutes"),
+        [("30", 30), ("1:30", 2), ("12:00:00", 720), ("0:00:01", 1), ("2-12", 3600), ("1-00:30", 1470)],
+    )
+    def test_time(self, text: str, minutes: int) -> None:
+        assert parse_time(text) == minutes
+
+    def test_no_such_profile(self) -> None:
+        with pytest.raises(ProfileError, match=r"there are apptainer, cpu, gpu, sandbox"):
+            profiles.load("nowhere")
+
+    def test_not_yaml(self, tmp_path: Path) -> None:
+        (tmp_path / "bad.yaml").write_text("a: [1")
+        with pytest.raises(ProfileError, match="is not YAML"):
+            profiles.load(str(tmp_path / "bad.yaml"))
+
+
+class TestSbatchFile:
+    @pytest.mark.parametrize("name", sorted(path.stem for path in profiles.CLUSTERS.glob("*.yaml")))
+    def test_of_each_profile(self, name: str) -> None:
+        """A change here changes what users' clusters are told; to accept it, write the new text to the file."""
+        profile = merge((name, profiles.load(name)), ("command line", {"nodes": 4}))
+        executor = slurm_executor(profile, Path("/shared/runs"), "train")
+        command = " ".join(make_job(profile, ["train.py", "--lr", "0.1"]).command)
+        text = f"{executor.sbatch_file()}\n# {command}\n"
+        text = text.replace(sys.executable, "/shared/venv/bin/python").replace(str(ROOT), "/shared/hvd-compress")
+        golden = GOLDEN / f"{name}.sh"
+        assert text == golden.read_text()
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+    def test_mpirun_starts_all_ranks_itself(self) -> None:
+        profile = Profile(nodes=3, ranks_per_node=2, launcher="mpirun", mpirun=("--map-by", "core"), time="10")
+        text = slurm_executor(profile, Path("/shared"), "x").sbatch_file()
+        assert "\nsrun" not in text
+        assert "#SBATCH --signal=B:CONT@120" in text  # what signals them is the launcher
+        job = make_job(profile, ["train.py"])
+        assert job.command[:5] == ("mpirun", "-np", "6", "--map-by", "core")
+        assert job.stop_after == 480
+
+    def test_own_gpu_for_each_task(self) -> None:
+        text = slurm_executor(Profile(gpus_per_node=4, gpu_binding="task"), Path("/shared"), "x").sbatch_file()
+        assert "#SBATCH --gpus-per-node=4" in text
+        assert "--gpus-per-task=1" in text
+        with pytest.raises(ProfileError, match="as many ranks as GPUs"):
+            slurm_executor(Profile(gpus_per_node=4, ranks_per_node=2, gpu_binding="task"), Path("/shared"), "x")
+
+
+class TestCommandLine:
+    def test_dry_run_submits_nothing(self, tmp_path: Path) -> None:
+        ended = submit(
+            "--profile", "gpu", "--nodes", "2", "--folder", str(tmp_path), "--dry-run", "--", SCRIPT, "a b"
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "#SBATCH --nodes=2" in ended.stdout
+        assert "#SBATCH --partition=gpu" in ended.stdout
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("arguments", "expected"),
+        [
+            (["--profile", "nowhere", "--", SCRIPT], "no profile"),
+            (
+                ["--set", "mdules=[gcc]", "--", SCRIPT],
+                "command line: unknown setting 'mdules': did you mean",
+            ),
+            (["--set", "modules", "--", SCRIPT], "--set needs NAME=VALUE"),
+            (["--nodes", "2"], "nothing to run"),
+            (["--", "no/such/script.py"], "no/such/script.py is no Python program"),
+            (["collect", "no/such/sweep"], "there is no sweep in no/such/sweep"),
+        ],
+    )
+    def test_errors(self, arguments: list[str], expected: str) -> None:
+        ended = submit(*arguments)
+        assert ended.returncode == 1
+        assert expected in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+    def test_help(self) -> None:
+        assert "python slurm/submit.py --nodes 4" in submit("--help").stdout
+        for command in ("submit", "sweep", "status", "logs", "cancel", "collect"):
+            ended = submit(command, "--help")
+            assert ended.returncode == 0
+            assert ended.stdout.startswith("usage: slurm/submit.py")
+
+    def test_debug_runs_in_this_process(self, tmp_path: Path) -> None:
+        script = tmp_path / "hello.py"
+        script.write_text("import sys, os\nprint('here', sys.argv[1:], __name__, os.getppid())\n")
+        ended = submit("--cluster", "debug", "--folder", str(tmp_path), "--", str(script), "--a", "b")
+        assert f"here ['--a', 'b'] __main__ {os.getpid()}" in ended.stdout
+        assert ended.returncode == 0
+
+    def test_local_runs_all_ranks(self, tmp_path: Path) -> None:
+        script = tmp_path / "ranks.py"
+        script.write_text(
+            "import sys\nfrom mpi4py import MPI\nprint('rank', MPI.COMM_WORLD.rank, 'of', MPI.COMM_WORLD.size)\n"
+            "if len(sys.argv) > 1 and MPI.COMM_WORLD.rank == 1: raise ValueError('as told')\n"
+        )
+        options = ["--cluster", "local", "--ranks-per-node", "2", "--folder", str(tmp_path / "logs")]
+        ended = submit(*options, "--", str(script))
+        assert ended.returncode == 0, ended.stderr
+        assert {"rank 0 of 2", "rank 1 of 2"} <= {*ended.stdout.splitlines()}
+        ended = submit(*options, "--", str(script), "fail")
+        assert ended.returncode == 1
+        assert "ValueError: as told" in ended.stderr
+
+    def test_local_goes_on_after_a_checkpoint(self, tmp_path: Path) -> None:
+        script = tmp_path / "twice.py"
+        script.write_text(
+            "import sys\nfrom pathlib import Path\nfrom mpi4py import MPI\n"
+            f"done = Path({str(tmp_path / 'done')!r})\n"
+            "again = MPI.COMM_WORLD.bcast(done.exists())\n"
+            "done.touch()\nprint('again', again, flush=True)\nMPI.COMM_WORLD.barrier()\n"
+            "sys.exit(0 if again else 75)\n"
+        )
+        options = ["--cluster", "local", "--ranks-per-node", "2", "--folder", str(tmp_path / "logs")]
+        ended = submit(*options, "--", str(script))
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("again False") >= 1
+        assert ended.stdout.count("again True") == 2
+
+
+class TestSweeps:
+    def test_grid(self, tmp_path: Path) -> None:
+        grid = tmp_path / "grid.yaml"
+        grid.write_text("- {ratio: [0.1, 0.01], seed: [0, 1]}\n- {compression: [none]}\n")
+        points = sweep.read_grid(grid)
+        assert points == [
+            {"ratio": 0.1, "seed": 0},
+            {"ratio": 0.1, "seed": 1},
+            {"ratio": 0.01, "seed": 0},
+            {"ratio": 0.01, "seed": 1},
+            {"compression": "none"},
+        ]
+        line = sweep.arguments(["train.py", "--output", "{run}/out"], points[2], Path("/s/p"))
+        assert line == ["train.py", "--output", "/s/p/out", "--ratio", "0.01", "--seed", "0"]
+
+    @pytest.mark.parametrize(
+        ("text", "expected"),
+        [
+            ("ratio: 0.1", "ratio needs a list"),
+            ("- 3", "a grid is a mapping"),
+            ("- {a: [1, 1]}", "a point occurs twice: a=1"),
+            ("a: [on]", "a needs a list of numbers or texts, got [True]"),
+        ],
+    )
+    def test_bad_grid(self, tmp_path: Path, text: str, expected: str) -> None:
+        (tmp_path / "grid.yaml").write_text(text)
+        with pytest.raises(ProfileError) as caught:
+            sweep.read_grid(tmp_path / "grid.yaml")
+        assert expected in str(caught.value)
+
+    def test_seeds_are_one_line(self, tmp_path: Path) -> None:
+        results = [
+            sweep.Result({"ratio": 0.1, "seed": 0}, 0.5, 10.0),
+            sweep.Result({"ratio": 0.1, "seed": 1}, 0.7, 12.0),
+            sweep.Result({"compression": "none", "seed": 0}, 0.9, 1000.0),
+        ]
+        rendered = sweep.table(results)
+        columns = [list(column.cells) for column in rendered.columns]
+        assert [column.header for column in rendered.columns][:3] == ["ratio", "compression", "seeds"]
+        assert columns == [["0.1", ""], ["", "none"], ["2", "1"], ["60.0% ± 14.1", "90.0%"], ["11.0", "1,000.0"]]
+        sweep.draw(results, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -1,0 +1,297 @@
+"""Checkpoints: all ranks' or none, whatever happens, and one decision for all ranks."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from models import through_a_file
+from world import World, environment, launch, mpirun_command
+
+from hvd_compress import Checkpoints, random_state, set_random_state
+
+# Each rank's state says whose it is and of which step, in every element.
+SAVES_FOR_EVER = """
+import sys, torch, horovod.torch as hvd
+from hvd_compress import Checkpoints
+hvd.init()
+checkpoints = Checkpoints(sys.argv[1])
+saved = checkpoints.load()
+step = saved.step if saved else 0
+if saved:
+    assert torch.equal(saved.state["w"], torch.full((200_000,), 10.0 * step + hvd.rank())), saved.state["w"]
+    assert set(hvd.allgather_object(step)) == {step}
+print("starts at", step, flush=True)
+while True:
+    step += 1
+    checkpoints.save(step, {"w": torch.full((200_000,), 10.0 * step + hvd.rank())})
+"""
+
+INTERRUPTED = """
+import os, signal, sys, time, horovod.torch as hvd
+import hvd_compress
+hvd.init()
+interruption = hvd_compress.Interruption()
+assert not interruption.agreed()
+step = 0
+while not interruption.agreed():
+    step += 1
+    if step == 5 and hvd.rank() == int(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+print("stopped", hvd.allgather_object(step), flush=True)
+hvd.barrier()
+sys.exit(hvd_compress.EXIT_REQUEUE)
+"""
+
+
+def save_and_load(directory: str) -> None:
+    checkpoints = Checkpoints(directory, keep=2)
+    assert checkpoints.load() is None
+    for step in (0, 7, 12, 100):
+        checkpoints.save(step, {"rank": hvd.rank(), "w": torch.tensor([step, float("nan"), -0.0])})
+        saved = checkpoints.load()
+        assert saved is not None
+        assert saved.step == step
+        assert saved.state["rank"] == hvd.rank()
+        expected = torch.tensor([step, float("nan"), -0.0])
+        assert torch.equal(saved.state["w"].view(torch.int32), expected.view(torch.int32))
+    assert sorted(os.listdir(directory)) == ["step-0000000012", "step-0000000100"]
+
+
+def save_again(directory: str) -> None:
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(3, {"first": True})
+    checkpoints.save(3, {"first": False})  # interrupted at once after going on
+    saved = checkpoints.load()
+    assert saved is not None
+    assert saved.state == {"first": True}
+
+
+def one_rank_cannot_write(directory: str) -> None:
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, {"step": 1})
+    unsavable: Any = (lambda: 0) if hvd.rank() == hvd.size() - 1 else 0
+    with pytest.raises(OSError, match=f"rank {hvd.size() - 1}: .*[Pp]ickle"):
+        checkpoints.save(2, {"step": unsavable})
+    saved = checkpoints.load()
+    assert saved is not None
+    assert saved.state == {"step": 1}
+    checkpoints.save(2, {"step": 2})  # the next attempt clears up
+    saved = checkpoints.load()
+    assert saved is not None
+    assert saved.state == {"step": 2}
+    hvd.barrier()
+
+
+def different_steps(directory: str) -> None:
+    with pytest.raises(ValueError, match=r"they are at \[0, 1\]"):
+        Checkpoints(directory).save(min(hvd.rank(), 1), {})
+
+
+def save_once(directory: str) -> None:
+    Checkpoints(directory).save(4, {"rank": hvd.rank()})
+
+
+def load_as_another_world(directory: str) -> str:
+    with pytest.raises(ValueError, match="saved by") as caught:
+        Checkpoints(directory).load()
+    return str(caught.value)
+
+
+def load_damaged(directory: str) -> str:
+    with pytest.raises(OSError, match="cannot be read") as caught:
+        Checkpoints(directory).load()
+    return str(caught.value)
+
+
+@pytest.mark.ranks(1, 3)
+class TestCheckpoints:
+    def test_save_and_load(self, world: World, tmp_path: Path) -> None:
+        world.run(save_and_load, str(tmp_path / "a" / "b"))
+
+    def test_a_step_is_saved_once(self, world: World, tmp_path: Path) -> None:
+        world.run(save_again, str(tmp_path))
+
+    def test_failure_on_one_rank(self, world: World, tmp_path: Path) -> None:
+        world.run(one_rank_cannot_write, str(tmp_path))
+
+    def test_damaged_file(self, world: World, tmp_path: Path) -> None:
+        world.run(save_once, str(tmp_path))
+        last = f"rank-{world.ranks - 1:05d}.pt"
+        damaged = tmp_path / "step-0000000004" / last
+        damaged.write_bytes(damaged.read_bytes()[:-20])
+        for text in world.run(load_damaged, str(tmp_path)):
+            assert last in text
+
+
+class TestRanks:
+    @pytest.mark.ranks(2)
+    def test_different_steps(self, world: World, tmp_path: Path) -> None:
+        world.run(different_steps, str(tmp_path))
+
+    @pytest.mark.ranks(3)
+    def test_another_number_of_ranks(self, world: World, tmp_path: Path) -> None:
+        saved = tmp_path / "step-0000000004"
+        saved.mkdir()
+        for rank in range(2):
+            (saved / f"rank-{rank:05d}.pt").touch()
+        for text in world.run(load_as_another_world, str(tmp_path)):
+            assert "was saved by 2 ranks, this job has 3" in text
+
+
+class DyingError(BaseException):
+    """Not an Exception: nothing that cleans up after errors must run, as at a kill."""
+
+
+class TestKills:
+    def test_at_every_call_that_changes_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The process dies at its first, second … such call; what was saved before is always whole."""
+        hvd.init()
+        names = [(os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (torch, "save")]
+        deaths = 0
+        for survived in range(1000):
+            directory = tmp_path / str(survived)
+            checkpoints = Checkpoints(directory, keep=1)
+            checkpoints.save(1, {"w": 1})
+            checkpoints.save(2, {"w": 2})
+            calls = 0
+
+            def dying(original: Callable[..., Any], limit: int = survived) -> Callable[..., Any]:
+                def call(*arguments: Any, **options: Any) -> Any:
+                    nonlocal calls
+                    calls += 1
+                    if calls > limit:
+                        raise DyingError
+                    return original(*arguments, **options)
+
+                return call
+
+            died = False
+            with monkeypatch.context() as patched:
+                for module, name in names:
+                    patched.setattr(module, name, dying(getattr(module, name)))
+                try:
+                    checkpoints.save(3, {"w": 3})
+                except DyingError:
+                    died = True
+            after = Checkpoints(directory, keep=1)
+            saved = after.load()
+            assert saved is not None
+            assert saved.state == {"w": saved.step}
+            assert saved.step in (2, 3)
+            after.save(4, {"w": 4})
+            assert os.listdir(directory) == ["step-0000000004"]
+            if not died:
+                assert saved.step == 3
+                break
+            deaths += 1
+        assert 8 <= deaths < 1000
+
+    def test_killed_while_saving(self, tmp_path: Path) -> None:
+        """Real kills of two ranks that do nothing but save. What they start from was verified by themselves."""
+        starts = []
+        for seconds in (0.5, 0.53, 0.57, 0.6, 0.0):
+            process = subprocess.Popen(
+                [*mpirun_command(2), sys.executable, "-c", SAVES_FOR_EVER, str(tmp_path)],
+                env=environment(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+            try:
+                assert process.stdout is not None
+                for line in process.stdout:
+                    if line.startswith("starts at"):
+                        starts.append(int(line.split()[-1]))
+                        break
+                else:
+                    pytest.fail(f"ended with {process.wait()}")
+                time.sleep(seconds)
+            finally:
+                # The ranks have process groups of their own.
+                for pid in [*children(process.pid), process.pid]:
+                    os.kill(pid, signal.SIGKILL)
+                process.wait()
+        assert starts[0] == 0
+        assert starts == sorted(starts)
+        assert starts[-1] > 0
+
+
+def children(pid: int) -> list[int]:
+    """Its own and theirs, the last ones first."""
+    own = [
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return [descendant for child in own for descendant in [*children(child), child]]
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+    def test_one_rank_is_told_and_all_stop(self, number: int) -> None:
+        ended = launch(3, ["-c", INTERRUPTED, "1", str(int(number))])
+        assert "stopped [5, 5, 5]" in ended.stdout
+        assert ended.returncode == 75
+
+    def test_ctrl_c_twice(self) -> None:
+        script = (
+            "import os, signal, horovod.torch as hvd\n"
+            "from hvd_compress import Interruption\n"
+            "hvd.init()\n"
+            "interruption = Interruption()\n"
+            "os.kill(os.getpid(), signal.SIGINT)\n"
+            "print('once', interruption.requested, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGINT)\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert ended.stdout == "once True\n"
+        assert ended.stderr.rstrip().endswith("KeyboardInterrupt")
+
+    def test_processes_started_later_are_not_ended(self) -> None:
+        script = (
+            "import os, signal, subprocess, horovod.torch as hvd\n"
+            "from hvd_compress import Interruption\n"
+            "hvd.init()\n"
+            "interruption = Interruption()\n"
+            "child = subprocess.Popen(['sh', '-c', 'read line; echo got $line'], stdin=subprocess.PIPE)\n"
+            "for number in (signal.SIGTERM, signal.SIGUSR2):\n"
+            "    child.send_signal(number)\n"
+            "child.communicate(b'data')\n"
+            "assert child.returncode == 0, child.returncode\n"
+            "assert not interruption.requested\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout) == (0, "got data\n"), ended.stderr
+
+
+def test_random_numbers_go_on() -> None:
+    def draw() -> list[float]:
+        return [
+            torch.rand(()).item(),
+            torch.randn(()).item(),
+            random.gauss(0, 1),
+            np.random.normal(),
+            random.random(),
+        ]
+
+    draw()  # so that the generators hold a second normal number back
+    state = through_a_file(random_state())
+    expected = [draw() for _ in range(3)]
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    set_random_state(state)
+    assert [draw() for _ in range(3)] == expected
