@@ -30,8 +30,8 @@ class AsyncQsparseLocalSGD(Wrapped):
 
         p = m_r + x_r − x_local,   send C(p),   m_r ← p − C(p),   X ← X − (1/R) C(p),   x_r ← X,   x_local ← X
 
-    No rank waits while another one computes. The model is divided among the ranks by whole tensors; a thread on each
-    rank takes in the updates of its part and answers with the values that have changed since that rank's last
+    No rank waits while another one computes. The master model is divided by whole tensors among ranks that serve:
+    there a thread takes in the updates and answers with the values that have changed since the sender's last
     exchange, so that x_r is bit for bit the master model. What is said of momentum, units, equal starts and
     batch-norm of :class:`QsparseLocalSGD` holds here too. Call :meth:`finish` on all ranks after the last step, or
     train within a ``with`` statement, which does::
@@ -53,6 +53,8 @@ class AsyncQsparseLocalSGD(Wrapped):
         total_steps: T, the number of steps that this rank takes. Needed, and the same on all ranks, in logical mode.
         max_staleness: in free-running mode, a rank that exchanges after t steps goes on only once all others have
             exchanged after t − ``max_staleness`` steps or more. None for no bound, so that no rank ever waits.
+        servers: how many ranks, from rank 0 on, look after a part of the model; one for each 262,144 elements if
+            None, but no more than there are ranks or tensors.
         timeout: seconds without a word from a rank, while another waits for it, until the others give up: more than
             the longest time from one exchange to the next, evaluations and checkpoints among it.
         process_set: Horovod's; None for all ranks.
@@ -71,6 +73,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         mode: Literal["free-running", "logical"] = "free-running",
         total_steps: int | None = None,
         max_staleness: int | None = None,
+        servers: int | None = None,
         timeout: float = 1800.0,
         process_set: hvd.ProcessSet | None = None,
     ) -> None:
@@ -94,6 +97,8 @@ class AsyncQsparseLocalSGD(Wrapped):
             raise ValueError("mode='logical' needs total_steps=…: the servers must know every rank's last exchange")
         if max_staleness is not None and (mode == "logical" or not max_staleness >= 0):
             raise ValueError(f"max_staleness must be ≥ 0, and is for mode='free-running', got {max_staleness!r}")
+        if servers is not None and (not isinstance(servers, int) or servers < 1):
+            raise ValueError(f"servers must be a number ≥ 1, got {servers!r}")
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
         if process_set is not None and settings.process_set not in (None, process_set):
@@ -103,6 +108,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         self._mode = mode
         self._total_steps = total_steps
         self._max_staleness = max_staleness
+        self._servers = servers
         self._timeout = timeout
         self._settings = settings
         self._process_set = process_set or settings.process_set
@@ -262,7 +268,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             ranks,
             self._statement(),
             self._settings.timeout,
-            pace=Pace(schedule, self._max_staleness, self._timeout),
+            pace=Pace(schedule, self._max_staleness, self._timeout, self._servers),
             anchors=self._anchors,
             saved=self._saved,
         )
@@ -284,6 +290,7 @@ class AsyncQsparseLocalSGD(Wrapped):
 
     def _statement(self) -> str:
         lines = [f"{type(self).__name__} with mode={self._mode!r}, max_staleness={self._max_staleness}"]
+        lines += [f"servers={self._servers}"]
         if self._mode == "logical":
             lines += [f"total_steps={self._total_steps}"]
         if self._saved is None:

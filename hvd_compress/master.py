@@ -35,22 +35,22 @@ class Topic(IntEnum):
     FAILURE = 3  # it has failed; there is no answer
 
 
-def deal(sizes: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which tensors each rank looks after: the largest first, each to the rank with the fewest elements so far.
+def deal(sizes: Sequence[int], servers: int) -> list[list[int]]:
+    """Which tensors each server looks after: the largest first, each to the one with the fewest elements so far.
 
     Args:
         sizes: elements of each tensor.
-        ranks: number of ranks.
+        servers: how many there are.
 
     Returns:
-        For each rank, ascending positions in ``sizes``.
+        For each server, ascending positions in ``sizes``; there may be none.
     """
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(servers)]
+    loads = [0] * servers
     for id in sorted(range(len(sizes)), key=lambda id: -sizes[id]):
-        rank = loads.index(min(loads))
-        shares[rank].append(id)
-        loads[rank] += sizes[id] + 1  # so that empty tensors are spread as well
+        server = loads.index(min(loads))
+        shares[server].append(id)
+        loads[server] += sizes[id]
     return [sorted(share) for share in shares]
 
 
@@ -289,6 +289,11 @@ class Master:
         self._failure: str | None = None
         self._failed: set[int] = set()  # ranks that know of it
         self._finished = False
+
+    @property
+    def waiting(self) -> Collection[int]:
+        """The ranks that wait for an answer."""
+        return self._waiting
 
     @property
     def is_done(self) -> bool:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from .exchange.gather import Bytes
 
 
+_ELEMENTS = 1 << 18  # that are worth one more server, with whom every rank has to exchange packets
+
+
 @dataclass(frozen=True)
 class Pace:
     """How the ranks keep up with each other."""
@@ -30,6 +33,7 @@ class Pace:
     schedule: Sequence[int] | None  # steps after which this rank sends an update, if there is a clock
     max_staleness: int | None  # steps, if there is none
     timeout: float  # seconds; see Master
+    servers: int | None  # ranks that serve; None for as many as are worth it
 
 
 class RemoteModel(Sender):
@@ -80,15 +84,19 @@ class RemoteModel(Sender):
             schedules = gathering.allgatherv(np.array(pace.schedule, np.int64).view(np.uint8))
             self._ledger.shared.mpi += gathering.sent
             turns = ByClock([schedule.copy().view(np.int64).tolist() for schedule in schedules])
-        self._shares = deal([shape.numel() for shape in self._shapes.values()], self.size)
+        sizes = [shape.numel() for shape in self._shapes.values()]
+        servers = max(1, sum(sizes) // _ELEMENTS) if pace.servers is None else pace.servers
+        shares = deal(sizes, min(servers, self.size))
+        self._shares = {rank: share for rank, share in enumerate(shares) if share}
         names = list(self._shapes)
-        shard = Shard({id: anchors[names[id]] for id in self._shares[self.rank]}, self.size)
-        if saved is not None:
-            shard.load_state_dict(saved["shard"])
-            turns.last = list(saved["last"])
+        if self.rank in self._shares:
+            shard = Shard({id: anchors[names[id]] for id in self._shares[self.rank]}, self.size)
+            if saved is not None:
+                shard.load_state_dict(saved["shard"])
+                turns.last = list(saved["last"])
+            self._master = Master(shard, turns, names, pace.timeout)
         self._communicator = private
         self._timeout = pace.timeout
-        self._master = Master(shard, turns, names, pace.timeout)
         self._service = Service(private, self._master)
         atexit.register(self._end_of_program)
 
@@ -132,10 +140,11 @@ class RemoteModel(Sender):
             PeerError: another rank, or a server, has failed; the run cannot go on.
         """
         assert self._service is not None, "open() comes first"
-        assert self._master is not None
         self._meet_servers(Topic.PAUSE, {})
-        with self._service.lock:
-            state = {"shard": self._master.shard.state_dict(), "last": list(self._master.turns.last)}
+        state: dict[str, Any] = {}
+        if self._master is not None:
+            with self._service.lock:
+                state = {"shard": self._master.shard.state_dict(), "last": list(self._master.turns.last)}
         self._meet_servers(Topic.PAUSE, {})  # until here no rank has sent an update
         return state
 
@@ -161,8 +170,8 @@ class RemoteModel(Sender):
         own = f"rank {self.rank} failed: {type(error).__name__}: {error}"
         self._over = str(error) if isinstance(error, PeerError) else own
         notice = wire.encode_failure(self._over)
-        self._service.tell(Topic.FAILURE, [notice] * self.size)
-        self._ledger.shared.mpi += self.size * notice.nbytes
+        self._service.tell(Topic.FAILURE, dict.fromkeys(self._shares, notice))
+        self._ledger.shared.mpi += len(self._shares) * notice.nbytes
 
     def collect(self) -> None:
         """Bring the ledger up to date with what this rank's server has answered."""
@@ -170,30 +179,30 @@ class RemoteModel(Sender):
             with self._service.lock:
                 self._ledger.take(self._master.ledger)
 
-    def _packets(self, pending: Mapping[str, Any], step: int) -> list[Bytes]:
+    def _packets(self, pending: Mapping[str, Any], step: int) -> dict[int, Bytes]:
         """One packet for each server."""
         names = list(self._shapes)
-        packets = []
-        for share in self._shares:
+        packets = {}
+        for rank, share in self._shares.items():
             chosen = [names[id] for id in share if names[id] in pending]
             ids = [self._ids[name] for name in chosen]
             encoded = wire.encode([pending[name].message for name in chosen], ids=ids, round=step)
             for name, bytes_ in zip(chosen, encoded.shares, strict=True):
                 self._ledger.tensors[name].mpi += bytes_
             self._ledger.shared.mpi += len(encoded.data) - sum(encoded.shares)
-            packets.append(encoded.data)
+            packets[rank] = encoded.data
         return packets
 
     def _meet_servers(self, topic: Topic, anchors: Mapping[str, Tensor]) -> None:
         request = wire.encode([]).data
-        self._ledger.shared.mpi += self.size * request.nbytes
+        self._ledger.shared.mpi += len(self._shares) * request.nbytes
         try:
-            self._ask(topic, [request] * self.size, anchors)
+            self._ask(topic, dict.fromkeys(self._shares, request), anchors)
         except BaseException as error:
             self.fail(error)
             raise
 
-    def _ask(self, topic: Topic, requests: Sequence[Bytes], anchors: Mapping[str, Tensor]) -> None:
+    def _ask(self, topic: Topic, requests: Mapping[int, Bytes], anchors: Mapping[str, Tensor]) -> None:
         assert self._service is not None, "open() comes first"
         if self._over is not None:
             raise PeerError(self._over)
@@ -202,7 +211,7 @@ class RemoteModel(Sender):
         except TimeoutError as error:
             raise PeerError(str(error)) from None
         packets = []
-        for rank, answer in enumerate(answers):
+        for rank, answer in answers.items():
             try:
                 packets.append(wire.decode(answer))
             except WireError as error:

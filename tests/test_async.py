@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import math
-import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -49,7 +50,8 @@ def gradients(rank: int, step: int) -> dict[str, Tensor]:
 def wrap(
     model: torch.nn.Module, sync_every: Any = 2, lr: float = 0.5, momentum: float = 0.0, **options: Any
 ) -> AsyncQsparseLocalSGD:
-    own = {n: options.pop(n) for n in ("mode", "total_steps", "max_staleness", "timeout") if n in options}
+    own = {n: options.pop(n) for n in ("mode", "total_steps", "max_staleness", "timeout", "servers") if n in options}
+    own.setdefault("servers", 2)
     compression = options.pop("compression", None) or Compression.topk(**{"k": 5, "dense_below": 0, **options})
     return AsyncQsparseLocalSGD(
         torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum),
@@ -270,12 +272,13 @@ def test_the_last_step_is_exchanged(
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=20), st.integers(1, 6))
-def test_tensors_are_dealt_evenly(sizes: list[int], ranks: int) -> None:
-    shares = deal(sizes, ranks)
+def test_tensors_are_dealt_evenly(sizes: list[int], servers: int) -> None:
+    shares = deal(sizes, servers)
+    assert len(shares) == servers
     assert sorted(id for share in shares for id in share) == list(range(len(sizes)))
     assert all(share == sorted(share) for share in shares)
-    loads = [sum(sizes[id] + 1 for id in share) for share in shares]
-    assert max(loads) - min(loads) <= max(sizes) + 1
+    loads = [sum(sizes[id] for id in share) for share in shares]
+    assert max(loads) - min(loads) <= max(sizes)
 
 
 def packet(id: int, message: Message, step: int = 1) -> wire.Packet:
@@ -506,7 +509,7 @@ def test_no_rank_waits_for_anothers_computation(world: World) -> None:
 def finishes_at_its_own_time() -> None:
     """Different numbers of steps and speeds, twice: after finish() the next step begins anew."""
     model = Vectors(SHAPES)
-    optimizer = wrap(model, random_gaps(4))
+    optimizer = wrap(model, random_gaps(4), servers=None)
     for epoch in range(2):
         steps = 6 + 5 * hvd.rank()
         train(model, optimizer, 20 * epoch, 20 * epoch + steps, pause=0.01 * hvd.rank())
@@ -551,7 +554,7 @@ def test_every_byte_is_in_the_ledger_and_answers_are_sparse(world: World) -> Non
     small, large = world.run(counts_every_byte, 0.01), world.run(counts_every_byte, 1.0)
     dense = 6 * 20_040  # of the way there alone; a way back has as much
     assert all(total < 0.1 * dense and answered < 0.05 * dense for total, answered in small)
-    assert all(1.9 * dense < total < 2.1 * dense for total, _ in large)
+    assert 3.8 * dense < sum(total for total, _ in large) < 4.2 * dense
 
 
 def resumes_bit_for_bit(at: int) -> None:
@@ -698,9 +701,11 @@ def an_operator_fails(mode: str) -> None:
         steps()
     with pytest.raises(PeerError, match="a bad day"):  # it stays so
         optimizer.finish() if mode != "logical" else optimizer.state_dict()
-    thread = service_of(optimizer)._thread  # the servers end once all know
-    thread.join(timeout=30)
-    assert not thread.is_alive()
+    thread = service_of(optimizer)._thread
+    assert (thread is None) == (hvd.rank() == 2)
+    if thread is not None:  # the servers end once all know
+        thread.join(timeout=30)
+        assert not thread.is_alive()
 
 
 @pytest.mark.ranks(2, 3)
@@ -772,6 +777,7 @@ def test_steps_are_counted(world: World) -> None:
         ({"mode": "logical", "total_steps": 5, "max_staleness": 3}, ValueError, "max_staleness"),
         ({"max_staleness": -1}, ValueError, "max_staleness"),
         ({"timeout": 0}, ValueError, "timeout"),
+        ({"servers": 0}, ValueError, "servers"),
         ({"compression": Compression.none}, TypeError, r"Compression.topk\(ratio=1.0\)"),
         ({"compression": Compression.ef21(k=5)}, TypeError, "messages of all ranks"),
         ({"optimizer": None}, TypeError, "optimizer must be"),
@@ -825,13 +831,24 @@ def test_a_rank_that_ends_in_the_middle_ends_the_job(mode: str, wrong: str, text
     assert "the end" not in ended.stdout
 
 
-def test_the_straggler_benchmark_runs() -> None:
+def runs_the_benchmark() -> None:
+    spec = importlib.util.spec_from_file_location("straggler", ROOT / "benchmarks" / "straggler.py")
+    assert spec
+    assert spec.loader
+    straggler = sys.modules["straggler"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(straggler)
+    setting = straggler.Setting(
+        steps=16, sync_every=4, seconds=0.02, slowdown=4.0, elements=8000, ratio=0.01, max_staleness=None
+    )
+    speeds = straggler.compare(setting)
+    assert len(straggler.table(speeds, 4.0).splitlines()) == 2 + len(speeds) == 7
+    other, slow = speeds["synchronous, one slow"]
+    assert other == pytest.approx(slow, rel=0.2)
+    other, slow = speeds["asynchronous, one slow"]
+    assert other > 1.3 * slow
+
+
+@pytest.mark.ranks(2)
+def test_the_straggler_benchmark_runs(world: World) -> None:
     """The figures are the machine's; what must be so is that synchronous ranks have one speed and others not."""
-    arguments = ["--steps", "16", "--sync-every", "4", "--seconds", "0.02", "--elements", "8000"]
-    ended = launch(2, [str(ROOT / "benchmarks" / "straggler.py"), *arguments])
-    assert ended.returncode == 0, ended.stdout
-    rows = re.findall(r"^\| ([a-z, ]+) \| ([\d.]+) \| \d+% \| ([\d.]+) \|$", ended.stdout, flags=re.MULTILINE)
-    speeds = {name: (float(other), float(slow)) for name, other, slow in rows}
-    assert len(speeds) == 5
-    assert speeds["synchronous, one slow"][0] == pytest.approx(speeds["synchronous, one slow"][1], rel=0.2)
-    assert speeds["asynchronous, one slow"][0] > 1.3 * speeds["asynchronous, one slow"][1]
+    world.run(runs_the_benchmark)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,9 @@ from mpi4py import MPI
 from .gather import LIMIT, Bytes
 
 _SHORTEST, _LONGEST = 5e-5, 2e-3  # seconds between two looks at what has arrived: long ones while nothing happens
+_BEAT_SECONDS = 5.0  # between two signs of life to those who wait
+
+_NOTHING = np.empty(0, np.uint8)
 
 Answers = Iterable[tuple[int, Bytes]]  # pairs of a rank and what it is told
 
@@ -27,6 +30,10 @@ class Answerer(Protocol):
 
     def look(self, now: float) -> Answers:
         """Nothing has arrived for a while; ``now`` is in seconds, of ``time.monotonic``."""
+
+    @property
+    def waiting(self) -> Collection[int]:
+        """The ranks that wait for an answer."""
 
     @property
     def is_done(self) -> bool:
@@ -44,7 +51,7 @@ class _Transfer:
 
 
 class Service:
-    """Sends requests to all ranks' answerers, and runs this rank's own in a thread.
+    """Sends requests to ranks that serve, and runs this rank's own server, if it has one, in a thread.
 
     The thread never waits within MPI: it looks for messages and sleeps, for longer and longer while there are none,
     so that it costs the computation next to nothing (500 looks a second at most). A rank that computes, or sends
@@ -52,79 +59,84 @@ class Service:
 
     Args:
         communicator: of the ranks; two copies of it are made.
-        answerer: this rank's.
+        answerer: this rank's; None if it does not serve.
     """
 
-    def __init__(self, communicator: MPI.Intracomm, answerer: Answerer) -> None:
+    def __init__(self, communicator: MPI.Intracomm, answerer: Answerer | None) -> None:
         # Configuration
-        self.rank: int = communicator.Get_rank()
-        self.size: int = communicator.Get_size()
         self._requests = communicator.Dup()
         self._answers = communicator.Dup()
-        self._answerer = answerer
         # State
         self.lock = threading.Lock()  # held while the answerer works
         self.sent = 0  # bytes of requests that this rank has handed to MPI
         self.answered = 0  # bytes of answers
         self._stopping = False
         self._outgoing: list[_Transfer] = []  # requests that may still be on their way
-        self._thread = threading.Thread(target=self._serve, name="hvd_compress server", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if answerer is not None:
+            self._thread = threading.Thread(
+                target=self._serve, args=(answerer,), name="hvd_compress server", daemon=True
+            )
+            self._thread.start()
 
-    def tell(self, topic: int, requests: Sequence[Bytes]) -> None:
-        """Send ``requests[r]`` to rank r, without waiting for an answer.
+    def tell(self, topic: int, requests: Mapping[int, Bytes]) -> None:
+        """Send ``requests[r]`` to each rank r of them, without waiting for an answer.
 
         Raises:
             OverflowError: one has more than 2^31 − 1 bytes.
         """
-        for request in requests:
+        for request in requests.values():
             _check(request)
         self._outgoing = [t for t in self._outgoing if not t.request.Test()]
-        for rank, request in enumerate(requests):
+        for rank, request in requests.items():
             sending = self._requests.Isend([request, MPI.BYTE], dest=rank, tag=topic)
             self._outgoing.append(_Transfer(sending, request, rank))
             self.sent += request.nbytes
 
-    def ask(self, topic: int, requests: Sequence[Bytes], timeout: float) -> list[Bytes]:
-        """Send ``requests[r]`` to rank r, and wait for the answers of all.
+    def ask(self, topic: int, requests: Mapping[int, Bytes], timeout: float) -> dict[int, Bytes]:
+        """Send ``requests[r]`` to each rank r of them, and wait for all answers.
 
-        An answerer may have its reasons to wait for other ranks' requests, for as long as it likes. But all answerers
-        have the same reasons: once this rank's own has answered, the others must do so in time.
+        An answerer may wait for other ranks' requests, for as long as it likes. Meanwhile it gives signs of life.
 
         Args:
             topic: a number from 0 on that the answerers are told.
-            requests: one for each rank.
-            timeout: seconds between this rank's own answer and the last.
+            requests: by rank.
+            timeout: seconds without a sign of life.
 
         Returns:
-            The answers in rank order.
+            The answers by rank.
 
         Raises:
-            TimeoutError: some ranks, which are named, do not answer.
+            TimeoutError: some ranks, which are named, are silent.
             OverflowError: a request has more than 2^31 − 1 bytes.
         """
         self.tell(topic, requests)
         answers: dict[int, Bytes] = {}
         arriving: dict[int, _Transfer] = {}
-        deadline, pause = float("inf"), _SHORTEST
-        while len(answers) < self.size:
+        alive = dict.fromkeys(requests, time.monotonic())
+        pause = _SHORTEST
+        while len(answers) < len(requests):
             while (transfer := _accept(self._answers)) is not None:
-                arriving[transfer.rank] = transfer
+                alive[transfer.rank] = time.monotonic()
+                if transfer.buffer.nbytes:
+                    arriving[transfer.rank] = transfer
+                else:  # a sign of life
+                    transfer.request.Wait()
             arrived = [rank for rank, transfer in arriving.items() if transfer.request.Test()]
             for rank in arrived:
                 answers[rank] = arriving.pop(rank).buffer
-            if self.rank in arrived:
-                deadline = time.monotonic() + timeout
-            if time.monotonic() > deadline:
-                silent = ", ".join(str(rank) for rank in range(self.size) if rank not in answers)
-                raise TimeoutError(f"rank(s) {silent} did not answer within {timeout:g} s: see their output")
+            silent = [r for r, last in alive.items() if r not in answers and time.monotonic() - last > timeout]
+            if silent:
+                ranks = ", ".join(map(str, silent))
+                raise TimeoutError(f"rank(s) {ranks} gave no sign of life for {timeout:g} s: see their output")
             pause = _SHORTEST if arriving or arrived else min(2 * pause, _LONGEST)
             time.sleep(pause)
-        return [answers[rank] for rank in range(self.size)]
+        return answers
 
     def close(self) -> None:
-        """Give the communicators back, once the answerer is done on all ranks. Collective."""
-        self._thread.join()
+        """Give the communicators back, once the answerers are done on all ranks. Collective."""
+        if self._thread is not None:
+            self._thread.join()
         MPI.Request.Waitall([t.request for t in self._outgoing])
         self._requests.Free()
         self._answers.Free()
@@ -132,30 +144,35 @@ class Service:
     def stop(self) -> None:
         """End the thread, whatever there is still to be served: only where the program ends."""
         self._stopping = True
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
-    def _serve(self) -> None:
+    def _serve(self, answerer: Answerer) -> None:
         try:
-            self._answer_until_done()
+            self._answer_until_done(answerer)
         except BaseException:  # the others would wait for this rank's answers
             traceback.print_exc()
             self._requests.Abort(1)
 
-    def _answer_until_done(self) -> None:
+    def _answer_until_done(self, answerer: Answerer) -> None:
         incoming: list[_Transfer] = []
         outgoing: list[_Transfer] = []
-        pause = _SHORTEST
+        pause, beat = _SHORTEST, time.monotonic()
         while not self._stopping:
             while (transfer := _accept(self._requests)) is not None:
                 incoming.append(transfer)
             arrived = [t for t in incoming if t.request.Test()]
             incoming = [t for t in incoming if t not in arrived]
             outgoing = [t for t in outgoing if not t.request.Test()]
+            now = time.monotonic()
             with self.lock:
-                answers = [a for t in arrived for a in self._answerer.receive(t.rank, t.topic, t.buffer)]
-                if not arrived and not incoming:
-                    answers += self._answerer.look(time.monotonic())
-                is_done = self._answerer.is_done
+                answers = [a for t in arrived for a in answerer.receive(t.rank, t.topic, t.buffer)]
+                answers += answerer.look(now)
+                is_done = answerer.is_done
+                if now - beat > _BEAT_SECONDS:
+                    beat = now
+                    told = {rank for rank, _ in answers}
+                    answers += [(rank, _NOTHING) for rank in answerer.waiting if rank not in told]
             for rank, answer in answers:
                 _check(answer)
                 sending = self._answers.Isend([answer, MPI.BYTE], dest=rank)
