@@ -18,6 +18,7 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
+from .kernels import is_finite
 from .ledger import Ledger
 from .membership import check_named_parameters, members
 from .operators import working_dtype
@@ -72,6 +73,7 @@ class GradientCompressor(Compressor):
         self._submitted: set[str] = set()  # since the last decompress
         self._scale = 1.0  # the GradScaler's, in this step
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
+        self._dense_finite: list[Tensor] = []  # of gradients left to Horovod: bool of no dimensions each
         self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
 
     def __repr__(self) -> str:
@@ -160,6 +162,7 @@ class GradientCompressor(Compressor):
             dense = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
             dense = dense.contiguous()
             traffic.horovod += dense.nbytes
+            self._dense_finite.append(is_finite(dense))
             return dense, _Dense(tensor.dtype)
         if self._scale != 1:
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
@@ -210,7 +213,15 @@ class GradientCompressor(Compressor):
         if not is_average and not is_sum:
             raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
         divisor = size if is_average else 1
-        self._reduced = {name: gradient.div_(divisor) for name, gradient in reducer.reduce().sums.items()}
+        reduced = reducer.reduce(overflow_elsewhere=self._has_overflow())
+        self._reduced = {name: gradient.div_(divisor) for name, gradient in reduced.sums.items()}
+
+    def _has_overflow(self) -> bool:
+        """Whether a gradient that Horovod reduces itself holds inf or NaN: then the whole step is likely skipped."""
+        finite, self._dense_finite = self._dense_finite, []
+        parameters = (self._parameters or {}).values()
+        finite += [is_finite(p.grad._values()) for p in parameters if p.grad is not None and p.grad.is_sparse]
+        return bool(finite) and not bool(torch.stack([f.to(finite[0].device) for f in finite]).all())
 
     def _count_sparse(self) -> None:
         """Write down one sparse gradient, which Horovod gathers by itself as int64 indices and values.

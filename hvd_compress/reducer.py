@@ -25,9 +25,7 @@ class Reduced:
     """The outcome of one exchange."""
 
     sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device
-    overflow: list[
-        tuple[int, str]
-    ]  # (rank, name) of messages with inf or NaN; no memory was updated if there are any
+    overflow: list[tuple[int, str]]  # rank and name of what holds inf or NaN; if there is any, no memory was updated
 
 
 class Reducer(Sender):
@@ -64,11 +62,13 @@ class Reducer(Sender):
         expects = f"{self._round} exchanges so far\n{expects}"
         self._exchange = Exchange(self._meet(communicator, ranks, expects, timeout))
 
-    def reduce(self, step: int | None = None) -> Reduced:
+    def reduce(self, step: int | None = None, *, overflow_elsewhere: bool = False) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
 
         Args:
             step: a number that must be the same on all ranks; that of the exchange if None.
+            overflow_elsewhere: this rank has met inf or NaN in what it has not added, so that the step is likely to
+                be skipped on all ranks. No memory is updated then.
 
         Raises:
             PeerError: another rank failed.
@@ -79,7 +79,7 @@ class Reducer(Sender):
         step = self._round if step is None else step
         pending, failure = self._take()
         try:
-            packets = self._swap_packets(pending, failure, step)
+            packets = self._swap_packets(pending, failure, step, overflow_elsewhere)
             overflow = _overflow(packets, list(pending))
         except BaseException:
             self._rollback(pending)
@@ -98,7 +98,7 @@ class Reducer(Sender):
         return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
 
     def _swap_packets(
-        self, pending: Mapping[str, Pending], failure: Exception | None, step: int
+        self, pending: Mapping[str, Pending], failure: Exception | None, step: int, overflow: bool
     ) -> list[wire.Packet]:
         """Send this rank's messages, or why there are none, and receive everyone's."""
         assert self._exchange is not None, "open() comes first"
@@ -108,7 +108,8 @@ class Reducer(Sender):
         if failure is None:
             try:
                 ids = [self._ids[name] for name in pending]
-                encoded = wire.encode([p.message for p in pending.values()], ids=ids, round=step, energy=energy)
+                messages = [p.message for p in pending.values()]
+                encoded = wire.encode(messages, ids=ids, round=step, energy=energy, overflow=overflow)
                 buffer, shares = encoded.data, encoded.shares
             except Exception as error:
                 failure = error
@@ -162,12 +163,13 @@ def _kept(packets: list[wire.Packet], pending: Mapping[str, Pending]) -> int:
 
 
 def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, str]]:
-    """Which ranks' messages about which tensors hold inf or NaN."""
+    """Which ranks' messages about which tensors hold inf or NaN, and which ranks have met some elsewhere."""
+    elsewhere = [(rank, "a tensor that is not compressed") for rank, packet in enumerate(packets) if packet.overflow]
     messages = [(rank, name, m) for rank, p in enumerate(packets) for name, m in zip(names, p.messages, strict=True)]
     if not messages:
-        return []
+        return elsewhere
     finite = torch.stack([m.is_finite() for _, _, m in messages]).tolist()
-    return [(rank, name) for (rank, name, _), good in zip(messages, finite, strict=True) if not good]
+    return elsewhere + [(rank, name) for (rank, name, _), good in zip(messages, finite, strict=True) if not good]
 
 
 def _sum(messages: list[Message], flat: Tensor) -> Tensor:

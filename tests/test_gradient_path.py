@@ -394,6 +394,45 @@ def test_empty_scalar_and_all_zero_gradients(world: World) -> None:
 # inf and NaN
 
 
+def overflow_elsewhere(where: str) -> None:
+    """An overflow in what Horovod reduces itself makes a GradScaler skip the step, so no memory may change either."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"large": torch.nn.Linear(30, 30), "sparse": torch.nn.Embedding(20, 30, sparse=True)})
+    compression, optimizer = wrap(model, dense_below=100)
+
+    def backward(step: int, bad: bool) -> None:
+        optimizer.zero_grad()
+        ids = torch.tensor([step % 20, 3])
+        generator = torch.Generator().manual_seed(100 * step + hvd.rank())
+        scale = torch.randn(30, generator=generator)
+        loss = ((model["large"](model["sparse"](ids)) - 1) * scale).square().mean()
+        if bad and hvd.rank() == 0:  # of these gradients only
+            spoilt = model["sparse"](torch.tensor([7])) if where == "sparse.weight" else model.get_parameter(where)
+            loss = loss + spoilt.sum() * torch.inf
+        loss.backward()
+        optimizer.synchronize()
+
+    for step in range(4):
+        backward(step, bad=False)
+    before = compression.state_dict()["memory"]
+    assert before.keys() == {"large.weight"}
+    backward(4, bad=True)
+    gradient_there = model.get_parameter(where).grad
+    assert gradient_there is not None
+    values = gradient_there._values() if gradient_there.is_sparse else gradient_there
+    assert not torch.isfinite(values).all()
+    after = compression.state_dict()["memory"]
+    assert torch.equal(before["large.weight"], after["large.weight"])
+    backward(5, bad=False)
+    assert not torch.equal(before["large.weight"], compression.state_dict()["memory"]["large.weight"])
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("where", ["large.bias", "sparse.weight"])
+def test_an_overflow_in_what_is_not_compressed(world: World, where: str) -> None:
+    world.run(overflow_elsewhere, where)
+
+
 def overflow(bad: float, where: str) -> None:
     """One rank's overflow reaches the optimizer on all ranks, and leaves all memories as they were."""
     model = Vectors(SHAPES)

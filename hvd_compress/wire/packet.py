@@ -34,9 +34,10 @@ from .varint import append_varint, read_varint
 VERSION = 1
 
 _MAGIC = b"HVDC"
-_HEADER = struct.Struct("<4sBBHIQdQI")  # magic, version, kind, reserved, messages, round, energy, body bytes, CRC-32
+_HEADER = struct.Struct("<4sBBHIQdQI")  # magic, version, kind, flags, messages, round, energy, body bytes, CRC-32
 HEADER_BYTES = _HEADER.size
 _MESSAGES, _FAILURE = 0, 1  # kinds of packet
+_OVERFLOW = 1  # the only flag
 _DENSE, _RICE, _FIXED, _SUBSET, _BLOCK = range(5)  # how receivers learn a message's indices
 _CODED = (_RICE, _FIXED)  # those that take part in the index streams
 _FLOATS, _SYMMETRIC, _RANGE, _CODEBOOK = range(4)  # what a message's values are
@@ -64,6 +65,7 @@ class Packet:
     ids: list[int]  # ascending; which tensor each message is about
     messages: list[Message]
     energy: float  # squared norm of what the sender compressed, if its schedule asks for it
+    overflow: bool  # whether the sender met inf or NaN in what is not among the messages
     failure: str | None = None  # the sender's error, in place of messages
 
 
@@ -115,7 +117,12 @@ class _Entry:
 
 
 def encode(
-    messages: Sequence[Message], *, ids: Sequence[int] | None = None, round: int = 0, energy: float = 0.0
+    messages: Sequence[Message],
+    *,
+    ids: Sequence[int] | None = None,
+    round: int = 0,
+    energy: float = 0.0,
+    overflow: bool = False,
 ) -> Encoded:
     """Fuse ``messages`` into one packet.
 
@@ -124,6 +131,7 @@ def encode(
         ids: ascending non-negative numbers that say what each message is about; 0, 1, 2, … by default.
         round: the exchange or step number, which receivers compare.
         energy: a number for all receivers.
+        overflow: a mark for all receivers; see :class:`Packet`.
 
     Raises:
         ValueError: indices that are not strictly ascending or not below ``numel``, ids that do not ascend, or
@@ -151,7 +159,7 @@ def encode(
     rows = [_write_entry(e, previous) for e, previous in zip(entries, [-1, *ids], strict=False)]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + b"".join(rows), dtype=torch.uint8)
     data = torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)]).cpu().numpy()
-    _seal(data, _MESSAGES, len(entries), round, energy)
+    _seal(data, _MESSAGES, len(entries), round, energy, _OVERFLOW if overflow else 0)
     return Encoded(data, _shares(entries, rows, unary_bits))
 
 
@@ -171,7 +179,7 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     buffer = np.frombuffer(data, np.uint8)
     if len(buffer) < HEADER_BYTES:
         raise WireError(f"a message has at least {HEADER_BYTES} bytes, got {len(buffer)}: it was truncated")
-    magic, version, kind, _, count, round, energy, length, checksum = _HEADER.unpack(buffer[:HEADER_BYTES].data)
+    magic, version, kind, flags, count, round, energy, length, checksum = _HEADER.unpack(buffer[:HEADER_BYTES].data)
     if magic != _MAGIC:
         raise WireError(f"not a message of hvd_compress: it starts with {magic!r}, not {_MAGIC!r}")
     if version != VERSION:
@@ -184,18 +192,21 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     if checksum != _checksum(buffer):
         raise WireError("message is corrupted: its checksum does not match")
     if kind == _FAILURE:
-        return Packet(round, [], [], energy, bytes(body).decode(errors="replace"))
+        return Packet(round, [], [], energy, False, bytes(body).decode(errors="replace"))
     if kind != _MESSAGES:
         raise WireError(f"unknown kind of packet {kind}")
+    if flags & ~_OVERFLOW:
+        raise WireError(f"unknown flags {flags:#x}")
     entries, offset = _read_table(body.data, count)
     # Messages have storage of their own, since received buffers are reused; torch takes none that is read-only.
     streams = torch.from_numpy(np.require(body[offset:], requirements="W")).to(device)
-    return Packet(round, [e.id for e in entries], _decode_streams(entries, streams), energy)
+    messages = _decode_streams(entries, streams)
+    return Packet(round, [e.id for e in entries], messages, energy, bool(flags & _OVERFLOW))
 
 
-def _seal(data: Bytes, kind: int, count: int, round: int, energy: float) -> None:
+def _seal(data: Bytes, kind: int, count: int, round: int, energy: float, flags: int = 0) -> None:
     """Fill in the header in front of a body."""
-    _HEADER.pack_into(data.data, 0, _MAGIC, VERSION, kind, 0, count, round, energy, len(data) - HEADER_BYTES, 0)
+    _HEADER.pack_into(data.data, 0, _MAGIC, VERSION, kind, flags, count, round, energy, len(data) - HEADER_BYTES, 0)
     struct.pack_into("<I", data.data, HEADER_BYTES - 4, _checksum(data))
 
 
