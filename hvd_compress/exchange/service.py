@@ -101,8 +101,8 @@ class Service:
         Args:
             topic: a number from 0 on that the answerers are told.
             requests: by rank.
-            timeout: seconds after which an answerer may give up waiting for a rank; it is the first to speak then, and
-                taken for dead only if it is silent for longer.
+            timeout: seconds after which an answerer may give up on a rank; it is the first to speak then, and taken
+                for dead only if it is silent for longer.
 
         Returns:
             The answers by rank.
