@@ -114,9 +114,9 @@ def table(measured: dict[str, list[float]], slowdown: float) -> str:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=160, help="of each rank (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="of each rank (default %(default)s)")
     parser.add_argument("--sync-every", type=int, default=8, help="H (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="of a step's computation (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of a step's computation (default %(default)s)")
     parser.add_argument("--slowdown", type=float, default=4.0, help="of the last rank (default %(default)s)")
     parser.add_argument("--elements", type=int, default=100_000, help="of the model (default %(default)s)")
     parser.add_argument("--ratio", type=float, default=0.01, help="of elements sent (default %(default)s)")

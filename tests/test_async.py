@@ -212,7 +212,7 @@ def telescopes(mode: str) -> tuple[int, int]:
     return optimizer.ledger.exchanges, sum(random_gaps(5, seed=3)(step) or step == 23 for step in range(1, 24))
 
 
-@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.ranks(1, 2)
 @pytest.mark.parametrize("mode", ["logical", "free-running"])
 def test_telescoping_identity_at_the_end(world: World, mode: str) -> None:
     assert all(exchanges == expected for exchanges, expected in world.run(telescopes, mode))
@@ -583,7 +583,7 @@ def resumes_bit_for_bit(at: int) -> None:
     assert optimizer.ledger.exchanges == whole.ledger.exchanges
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("at", [0, 1, 8, 17])
 def test_resume_by_the_clock(world: World, at: int) -> None:
     world.run(resumes_bit_for_bit, at)
@@ -706,7 +706,7 @@ def an_operator_fails(mode: str) -> None:
         assert not thread.is_alive()
 
 
-@pytest.mark.ranks(2, 3)
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("mode", ["logical", "free-running"])
 def test_an_operator_that_fails_is_known_to_all(world: World, mode: str) -> None:
     world.run(an_operator_fails, mode)

@@ -101,7 +101,8 @@ class Service:
         Args:
             topic: a number from 0 on that the answerers are told.
             requests: by rank.
-            timeout: seconds without a sign of life.
+            timeout: seconds after which an answerer may give up on a rank; it is the first to speak then, and taken
+                for dead only if it is silent for longer.
 
         Returns:
             The answers by rank.
@@ -113,6 +114,7 @@ class Service:
         self.tell(topic, requests)
         answers: dict[int, Bytes] = {}
         arriving: dict[int, _Transfer] = {}
+        patience = timeout + 2 * _BEAT_SECONDS
         alive = dict.fromkeys(requests, time.monotonic())
         pause = _SHORTEST
         while len(answers) < len(requests):
@@ -125,10 +127,10 @@ class Service:
             arrived = [rank for rank, transfer in arriving.items() if transfer.request.Test()]
             for rank in arrived:
                 answers[rank] = arriving.pop(rank).buffer
-            silent = [r for r, last in alive.items() if r not in answers and time.monotonic() - last > timeout]
+            silent = [r for r, last in alive.items() if r not in answers and time.monotonic() - last > patience]
             if silent:
                 ranks = ", ".join(map(str, silent))
-                raise TimeoutError(f"rank(s) {ranks} gave no sign of life for {timeout:g} s: see their output")
+                raise TimeoutError(f"rank(s) {ranks} gave no sign of life for {patience:g} s: see their output")
             pause = _SHORTEST if arriving or arrived else min(2 * pause, _LONGEST)
             time.sleep(pause)
         return answers
@@ -158,7 +160,8 @@ class Service:
         incoming: list[_Transfer] = []
         outgoing: list[_Transfer] = []
         pause, beat = _SHORTEST, time.monotonic()
-        while not self._stopping:
+        # A Horovod that started MPI ends it as soon as one rank's program ends.
+        while not self._stopping and not MPI.Is_finalized():
             while (transfer := _accept(self._requests)) is not None:
                 incoming.append(transfer)
             arrived = [t for t in incoming if t.request.Test()]
