@@ -53,11 +53,11 @@ def test_the_quickstart_runs_and_learns() -> None:
 
 
 def test_every_compressor_is_in_the_example_that_compares_them_and_trains() -> None:
-    ended = launch(2, [str(ROOT / "examples" / "every_compressor.py"), "--epochs", "2"], timeout=400)
+    ended = launch(2, [str(ROOT / "examples" / "every_compressor.py"), "--epochs", "1"], timeout=400)
     assert ended.returncode == 0, ended.stdout
     rows = dict(re.findall(r"^│ (\w+) .*?│.*?│ +([\d.]+)% │", ended.stdout, flags=re.MULTILINE))
     assert rows.keys() == {"none", "fp16", *COMPRESSORS}
-    assert all(float(accuracy) > 40 for accuracy in rows.values()), ended.stdout  # by chance it would be 10
+    assert all(float(accuracy) > 25 for accuracy in rows.values()), ended.stdout  # by chance it would be 10
 
 
 def test_the_operator_in_the_documents_works() -> None:

@@ -34,7 +34,7 @@ class Cluster:
         self.folder = directory / "logs"
         self.sandbox.start()
 
-    def submit(self, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    def submit(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """``slurm/submit.py`` on the login node."""
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         command = ["env", f"PYTHONPATH={path}", sys.executable, str(ROOT / "slurm" / "submit.py"), *arguments]
@@ -76,14 +76,14 @@ class Cluster:
         """All logs, for a failure's report."""
         return "\n".join(f"--- {p.name}\n{p.read_text()}" for p in sorted(self.folder.glob(f"{job}_*_log.*")))
 
-    def wait(self, job: str, condition: Callable[[], object], seconds: float = 90) -> None:
+    def wait(self, job: str, condition: Callable[[], object], seconds: float = 300) -> None:
         """Until it holds."""
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"job {job} is {self.state(job)}\n{self.story(job)}"
             time.sleep(0.3)
 
-    def wait_for_end(self, job: str, seconds: float = 150) -> str:
+    def wait_for_end(self, job: str, seconds: float = 600) -> str:
         """Returns the state that it ended in."""
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         self.wait(job, lambda: self.state(job) in ends, seconds)
@@ -209,7 +209,7 @@ def test_preempted(cluster: Cluster, uninterrupted: dict[str, Any]) -> None:
     nodes = '--set=sbatch={nodelist: "node[3-4]", exclusive: true}'
     job = cluster.start("preempted", "--pause=0.3", settings=["--partition=low", nodes])
     cluster.wait(job, lambda: "starts at step 0" in cluster.log(job))
-    cluster.sandbox.run("srun", "-p", "high", "-N2", "-w", "node[3-4]", "--exclusive", "sleep", "1", timeout=90)
+    cluster.sandbox.run("srun", "-p", "high", "-N2", "-w", "node[3-4]", "--exclusive", "sleep", "1", timeout=300)
     assert cluster.wait_for_end(job) == "COMPLETED", cluster.story(job)
     assert "saved step" in cluster.log(job)
     assert "restarted 1 times" in cluster.log(job)
@@ -243,7 +243,7 @@ def test_mpirun_inside_the_allocation(cluster: Cluster, uninterrupted: dict[str,
 
 def test_time_out(cluster: Cluster, timed_out: str, uninterrupted: dict[str, Any]) -> None:
     """The limit is real: Slurm sends the signal by its own clock."""
-    assert cluster.wait_for_end(timed_out, 240) == "COMPLETED", cluster.story(timed_out)
+    assert cluster.wait_for_end(timed_out) == "COMPLETED", cluster.story(timed_out)
     assert "saved step" in cluster.log(timed_out)
     assert "restarted 1 times" in cluster.log(timed_out)
     result = cluster.result("timed-out")
