@@ -66,7 +66,7 @@ class Cluster:
         """As squeue or sacct has it."""
         # Asked about one job that it has forgotten, squeue fails.
         known = [line.split() for line in self.sandbox.run("squeue", "-h", "-o%i %T", "-t", "all").splitlines()]
-        listed = [state for number, state in known if number.partition("_")[0] == job]
+        listed = [state for number, state in known if job in (number, number.partition("_")[0])]
         return (listed or self.sandbox.run("sacct", "-nXPo", "State", f"-j{job}").split())[0]
 
     def log(self, job: str, kind: str = "out", rank: int = 0) -> str:
