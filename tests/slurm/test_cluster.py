@@ -64,9 +64,10 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """As squeue or sacct has it."""
-        # Asked about one job that it has forgotten, squeue fails.
-        known = [line.split() for line in self.sandbox.run("squeue", "-h", "-o%i %T", "-t", "all").splitlines()]
-        listed = [state for number, state in known if job in (number, number.partition("_")[0])]
+        try:
+            listed = self.sandbox.run("squeue", "-h", "-o%T", f"-j{job}", "-t", "all").split()
+        except subprocess.CalledProcessError:  # it has forgotten that job
+            listed = []
         return (listed or self.sandbox.run("sacct", "-nXPo", "State", f"-j{job}").split())[0]
 
     def log(self, job: str, kind: str = "out", rank: int = 0) -> str:
