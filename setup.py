@@ -51,6 +51,6 @@ setup(
         "train": ["matplotlib", "pillow", "scikit-learn", "torchvision", "tqdm"],
         "slurm": ["cloudpickle", "matplotlib", "pyyaml", "submitit>=1.5"],
         "test": ["hypothesis", "mypy", "pytest", "ruff", "types-pyyaml", "types-tqdm"],
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "docs": ["furo", "myst-parser", "sphinx", "sphinx-copybutton"],
     },
 )

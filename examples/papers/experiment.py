@@ -1,4 +1,4 @@
-"""What the experiments share: ranks that train one case after the other, and results that a killed run goes on from."""
+"""What the experiments share: ranks that train case after case, and results that a killed run goes on from."""
 
 from __future__ import annotations
 
@@ -113,7 +113,9 @@ def train(
     for moments in zip(*of_all, strict=True):
         steps, bytes_, wrong, loss = zip(*moments, strict=True)
         # The first rank is the one that serves others, if one does.
-        curve.append(Point(steps[0], mean(bytes_), mean(bytes_[1:]), sum(wrong) / images.tests, sum(loss) / images.tests))
+        curve.append(
+            Point(steps[0], mean(bytes_), mean(bytes_[1:]), sum(wrong) / images.tests, sum(loss) / images.tests)
+        )
     return curve
 
 
@@ -163,7 +165,7 @@ def main(
     description: str,
     *,
     ranks: Mapping[str, int],
-    cases: Callable[[str, str, int, bool], list[Case]],
+    cases: Callable[[str, str, int, Sequence[int], bool], list[Case]],
     train_case: Callable[[Case, Images], Run],
     report: Callable[[list[Run]], Mapping[str, str]],
     draw: Callable[[list[Run], Path], None],
@@ -172,7 +174,7 @@ def main(
 
     Args:
         ranks: of each part of the experiment.
-        cases: of a part, images, a number of ranks; short or not.
+        cases: of a part, images, a number of ranks, seeds; short or not.
         train_case: on all ranks.
         report: Markdown tables by name.
         draw: the figure.
@@ -180,8 +182,11 @@ def main(
     name = Path(sys.argv[0]).stem
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of IDX files (default: scikit-learn's digits)")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "papers" / f"{name}.jsonl", help="(%(default)s)")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "runs" / "papers" / f"{name}.jsonl", help="(%(default)s)"
+    )
     parser.add_argument("--page", type=Path, help="write the tables into this page, and the figure beside it")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
     parser.add_argument("--short", action="store_true", help="a few steps of a few cases, to see that all works")
     parser.add_argument("--report", action="store_true", help="only print and draw what the results file holds")
     parser.add_argument("--part", choices=list(ranks), help="be one rank of this part; started by mpirun")
@@ -191,7 +196,7 @@ def main(
         hvd.init()
         torch.set_num_threads(1)
         images = open_images(args.data, hvd.rank(), hvd.size(), tests=2000)
-        run_cases(cases(args.part, images.name, hvd.size(), args.short), images, results, train_case)
+        run_cases(cases(args.part, images.name, hvd.size(), args.seeds, args.short), images, results, train_case)
         return
     for part, number in ranks.items():
         if not args.report:

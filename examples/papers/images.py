@@ -51,8 +51,12 @@ def open_images(directory: Path | None, rank: int, size: int, *, tests: int) -> 
         )  # fmt: skip
     else:
         name = directory.resolve().name
-        train_images, test_images = (read_idx(directory, f"{part}-images-idx3-ubyte", 3) for part in ("train", "t10k"))
-        train_labels, test_labels = (read_idx(directory, f"{part}-labels-idx1-ubyte", 1) for part in ("train", "t10k"))
+        train_images, test_images = (
+            read_idx(directory, f"{part}-images-idx3-ubyte", 3) for part in ("train", "t10k")
+        )
+        train_labels, test_labels = (
+            read_idx(directory, f"{part}-labels-idx1-ubyte", 1) for part in ("train", "t10k")
+        )
     test_images, test_labels = test_images[:tests], test_labels[:tests]
     mean, deviation = float(train_images.mean()), float(train_images.std())
 

@@ -30,9 +30,7 @@ class Block(nn.Module):
         self.second_norm = nn.BatchNorm2d(outside)
         self.around = nn.Sequential()
         if stride != 1 or inside != outside:
-            self.around = nn.Sequential(
-                nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside)
-            )
+            self.around = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
 
     def forward(self, x: Tensor) -> Tensor:
         """Half the side for a stride of two."""
