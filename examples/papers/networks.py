@@ -39,7 +39,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """ResNet-8: He et al.'s network for small images with one block for each width, 78,042 parameters.
+    """ResNet-8: He et al.'s network for small images with one block for each width, 77,754 parameters.
 
     Images of more than 16 pixels are halved by the first convolution.
     """
