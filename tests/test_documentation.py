@@ -63,7 +63,10 @@ def test_the_quickstart_runs_and_learns() -> None:
     assert losses[-1] < 0.5 < losses[0]
     saving = re.search(r"([\d.]+) times less", ended.stdout)
     assert saving, ended.stdout
-    assert float(saving[1]) > 20
+    (shown,) = code_blocks(ROOT / "docs" / "quickstart.md", "text")
+    of_the_document = re.search(r"([\d.]+) times less", shown)
+    assert of_the_document
+    assert float(saving[1]) == pytest.approx(float(of_the_document[1]), rel=0.03)  # the weights are random
 
 
 def test_every_compressor_is_in_the_example_that_compares_them_and_trains() -> None:

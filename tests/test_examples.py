@@ -70,7 +70,7 @@ def test_local_steps(world: World) -> None:
 @pytest.mark.ranks(2)
 def test_cnn(world: World) -> None:
     output, _ = world.run(run_example, "cnn.py", ["--epochs", "3", "--compression", "qtopk"])
-    assert numbers(r"accuracy ([\d.]+)%", output)[0] > 25, output  # by chance it would be 10
+    assert numbers(r"accuracy ([\d.]+)%", output)[0] > 20, output  # by chance it would be 10
     assert numbers(r"([\d.]+) times less", output)[0] > 30
 
 
