@@ -108,7 +108,7 @@ def report(runs: list[Run]) -> dict[str, str]:
         if rows:
             heading = [f"{part}: error (%)"]
             for ratio in RATIOS[part]:
-                heading += [f"{ratio:.1%} sent", "less Top-K's", "kB"]
+                heading += [f"{ratio:.1%} sent", "against Top-K", "kB"]
             tables[part] = markdown(heading, rows)
     return tables
 
