@@ -106,7 +106,10 @@ class Sender:
             self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
             self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
-            self._failure = self._failure or error
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
 
     def state_dict(self) -> dict[str, Any]:
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.

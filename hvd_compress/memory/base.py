@@ -35,6 +35,11 @@ class Memory(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
+    @property
+    def receives(self) -> bool:
+        """Whether :meth:`receive` does anything."""
+        return type(self).receive is not Memory.receive
+
     @abstractmethod
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
         """What is to be compressed in place of ``tensor``: a flat tensor which only this memory changes.
