@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,7 @@ class Reducer(Sender):
         self._awaited = [set(names) for names in self._buckets]  # what came last time; the same on all ranks
         self._here: set[str] = set()  # what was added since the last time, whether or not it could be compressed
         self._departed: list[_Departed] = []
+        self._gone: set[str] = set()  # their names
 
     @property
     def is_open(self) -> bool:
@@ -104,7 +105,7 @@ class Reducer(Sender):
 
     def add(self, name: str, tensor: Tensor) -> None:
         """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks."""
-        if any(name in bucket.names for bucket in self._departed):
+        if name in self._gone:
             self._fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
             return
         super().add(name, tensor)
@@ -130,6 +131,7 @@ class Reducer(Sender):
         departed, self._departed = self._departed, []
         pending, failure = self._take()
         self._here.clear()
+        self._gone.clear()
         try:
             arrived = self._arrive(departed, failure)
             gathered = _gather(departed, arrived)
@@ -172,19 +174,19 @@ class Reducer(Sender):
         while (place := len(self._departed)) < len(self._buckets) - 1:
             self._depart(self._awaited[place], self._round)
         # The last one takes along what was not awaited where it belongs.
-        departed = {name for bucket in self._departed for name in bucket.names}
-        self._depart(self._here - departed, step, energy=self._energy(), overflow=overflow)
+        self._depart(self._here - self._gone, step, energy=self._energy(), overflow=overflow)
 
     def _depart(self, names: set[str], step: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
         chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
         messages = [self._pending[name].message for name in chosen]
-        ids = [self._ids[name] for name in chosen]
         device = messages[0].device if messages else torch.device("cpu")
-        encode = partial(wire.encode, messages, ids=ids, round=step, energy=energy, overflow=overflow)
-        trip = partial(_travel, self._exchange, len(self._departed), encode, self._failure, step, device)
+        failure = None if self._failure is None else _story(self._failure)
+        own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
+        trip = partial(_travel, self._exchange, len(self._departed), own, device)
         arrival = self._exchange.submit(self._side_stream.after_now(device, trip))
         self._departed.append(_Departed(chosen, step, arrival))
+        self._gone.update(chosen)
 
     # Arrivals
 
@@ -243,32 +245,35 @@ def _buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[s
     yield bucket
 
 
-def _travel(
-    exchange: Exchange,
-    place: int,
-    encode: Callable[[], wire.Encoded],
-    failure: Exception | None,
-    step: int,
-    device: torch.device,
-) -> _Arrived:
-    """Send this rank's messages, or why there are none, and receive everyone's. In the exchange's thread."""
+def _travel(exchange: Exchange, place: int, own: wire.Packet, device: torch.device) -> _Arrived:
+    """Send this rank's packet, and receive everyone's. In the exchange's thread."""
     sent_before = exchange.sent
     shares: list[int] = []
     packets: list[wire.Packet] = []
+    error: Exception | None = None
     try:
-        if failure is not None:
-            raise failure
-        encoded = encode()
-        buffer, shares = encoded.data, encoded.shares
-    except Exception as error:
-        failure = error
-        buffer = wire.encode_failure(f"{type(error).__name__}: {error}", round=step)
+        if own.failure is None:
+            encoded = wire.encode(
+                own.messages, ids=own.ids, round=own.round, energy=own.energy, overflow=own.overflow
+            )
+            buffer, shares = encoded.data, encoded.shares
+            # What the others decode is this, bit for bit.
+            own = replace(own, messages=encoded.messages)
+        else:
+            buffer = wire.encode_failure(own.failure, round=own.round)
+    except Exception as caught:
+        error = caught
+        buffer = wire.encode_failure(_story(caught), round=own.round)
     try:
         for rank, data in enumerate(exchange.allgatherv(buffer, place)):
-            packets.append(_open(rank, data, device))
-    except Exception as error:
-        failure = failure or error
-    return _Arrived(shares, exchange.sent - sent_before, packets, failure)
+            packets.append(own if rank == exchange.rank else _open(rank, data, device))
+    except Exception as caught:
+        error = error or caught
+    return _Arrived(shares, exchange.sent - sent_before, packets, error)
+
+
+def _story(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _open(rank: int, data: Bytes, device: torch.device) -> wire.Packet:

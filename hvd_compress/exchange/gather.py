@@ -12,6 +12,7 @@ import numpy.typing as npt
 from mpi4py import MPI
 
 Bytes = npt.NDArray[np.uint8]
+Lengths = npt.NDArray[np.int64]
 _Result = TypeVar("_Result")
 
 LIMIT = 2**31 - 1  # MPI counts and displacements are C ints before MPI 4
@@ -24,7 +25,7 @@ class Exchange:
     """All-to-all exchange of one buffer per rank over an mpi4py communicator that nobody else uses.
 
     Exchanges are given a place each in a sequence that repeats, the buckets of a step say. What a rank sends in one
-    place mostly has about the same length from one time to the next, so as many bytes as last time and a few more
+    place mostly has about the same length from one time to the next, so as many bytes as are to be expected
     travel together with the buffer's length, and only what is longer needs a second collective.
     """
 
@@ -35,7 +36,7 @@ class Exchange:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="hvd_compress exchange")
         # State
         self.sent = 0  # bytes of all send buffers handed to MPI so far
-        self._expected: dict[int, npt.NDArray[np.int64]] = {}  # place → bytes of each rank; the same on all ranks
+        self._forecasts: dict[int, _Forecast] = {}  # by place; the same on all ranks
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
         """Have ``work`` done in this exchange's own thread, after all that was submitted before."""
@@ -51,7 +52,8 @@ class Exchange:
         Raises:
             OverflowError: the buffers of all ranks together have more than 2^31 − 1 bytes; on every rank.
         """
-        expected = self._expected.get(place, np.zeros(self.size, np.int64))
+        forecast = self._forecasts.setdefault(place, _Forecast(self.size))
+        expected = forecast.lengths
         first = np.zeros(_LENGTH_BYTES + int(expected[self.rank]), np.uint8)
         first[:_LENGTH_BYTES].view(np.int64)[0] = buffer.nbytes
         begin = min(buffer.nbytes, int(expected[self.rank]))
@@ -65,8 +67,7 @@ class Exchange:
                 f"the messages of {self.size} ranks add up to {total} bytes, one exchange carries {LIMIT}: "
                 "choose a smaller ratio or k"
             )
-        more = lengths + lengths // 256 + 16
-        self._expected[place] = more if more.sum() + self.size * _LENGTH_BYTES <= LIMIT else np.zeros_like(more)
+        forecast.learn(lengths)
         received = [p[_LENGTH_BYTES:][:length] for p, length in zip(parts, lengths, strict=True)]
         missing = np.maximum(lengths - expected, 0)
         if missing.any():
@@ -76,13 +77,32 @@ class Exchange:
             ]
         return received
 
-    def _gather(self, buffer: Bytes, lengths: npt.NDArray[np.int64]) -> list[Bytes]:
+    def _gather(self, buffer: Bytes, lengths: Lengths) -> list[Bytes]:
         gathered = np.empty(int(lengths.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         request = self._communicator.Iallgatherv(buffer, [gathered, lengths, starts, MPI.BYTE])
         self.sent += buffer.nbytes
         _wait(request)
         return np.split(gathered, starts[1:])
+
+
+class _Forecast:
+    """How many bytes each rank will send: as many as last time, and twice as many as their number has changed by."""
+
+    def __init__(self, size: int) -> None:
+        self.lengths = np.zeros(size, np.int64)
+        self._last: Lengths | None = None
+        self._spread = np.zeros(size, np.int64)  # the largest change of late, within bounds
+
+    def learn(self, lengths: Lengths) -> None:
+        """These were sent."""
+        if self._last is not None:
+            changes = np.maximum(np.abs(lengths - self._last), self._spread * 7 // 8)
+            self._spread = np.minimum(changes, lengths // 64)  # a jump is not expected to come again
+        self._last = lengths
+        self.lengths = lengths + 2 * self._spread
+        if self.lengths.sum() + len(lengths) * _LENGTH_BYTES > LIMIT:
+            self.lengths = np.zeros_like(lengths)
 
 
 def _wait(request: MPI.Request) -> None:

@@ -89,6 +89,8 @@ class Message:
 
     def to(self, device: torch.device) -> Message:
         """The same message on ``device``."""
+        if device == self.device:
+            return self
         indices = None if self.indices is None else self.indices.to(device)
         return replace(self, indices=indices, values=self.values.to(device))
 

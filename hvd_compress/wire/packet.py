@@ -55,6 +55,7 @@ class Encoded:
 
     data: Bytes  # uint8 [n], on the host
     shares: list[int]  # bytes that each message takes; with the header they add up to len(data)
+    messages: list[Message]  # as receivers see them: without the entries that say nothing
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,9 @@ def encode(
     ]
     rows = [_write_entry(e, previous) for e, previous in zip(entries, [-1, *ids], strict=False)]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + b"".join(rows), dtype=torch.uint8)
-    data = torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)]).cpu().numpy()
+    data = _on_host(torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)])).numpy()
     _seal(data, _MESSAGES, len(entries), round, energy, _OVERFLOW if overflow else 0)
-    return Encoded(data, _shares(entries, rows, unary_bits))
+    return Encoded(data, _shares(entries, rows, unary_bits), kept)
 
 
 def encode_failure(text: str, *, round: int = 0) -> Bytes:
@@ -202,6 +203,11 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     streams = torch.from_numpy(np.require(body[offset:], requirements="W")).to(device)
     messages = _decode_streams(entries, streams)
     return Packet(round, [e.id for e in entries], messages, energy, bool(flags & _OVERFLOW))
+
+
+def _on_host(data: Tensor) -> Tensor:
+    """In page-locked memory if it comes from a GPU, which copies there without a detour."""
+    return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data) if data.is_cuda else data
 
 
 def _seal(data: Bytes, kind: int, count: int, round: int, energy: float, flags: int = 0) -> None:

@@ -73,29 +73,29 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
     }
     constexpr Index block = 8192;
     in_ranges(n, threads, [&](Index begin, Index end) {
-        std::vector<Index> next(parts.size());
+        std::vector<Index> first(parts.size()), behind(parts.size());  // of each part, within the block
         for (std::size_t p = 0; p < parts.size(); ++p) {
-            next[p] = std::lower_bound(parts[p].indices, parts[p].indices + parts[p].count, begin) - parts[p].indices;
+            behind[p] = std::lower_bound(parts[p].indices, parts[p].indices + parts[p].count, begin) - parts[p].indices;
         }
-        std::uint64_t touched[block / 64];
+        bool is_whole[block] = {};  // elements that are still to be divided
         for (Index from = begin; from < end; from += block) {
             const Index to = std::min(from + block, end);
             std::memset(flat + from, 0, (to - from) * sizeof(Float));
-            std::memset(touched, 0, sizeof(touched));
             for (std::size_t p = 0; p < parts.size(); ++p) {
                 const Part<Float>& part = parts[p];
-                Index i = next[p];
+                Index i = first[p] = behind[p];
                 for (; i < part.count && part.indices[i] < to; ++i) {
-                    const Index at = part.indices[i] - from;
-                    flat[from + at] += part.values[i];
-                    touched[at >> 6] |= std::uint64_t{1} << (at & 63);
+                    flat[part.indices[i]] += part.values[i];
+                    is_whole[part.indices[i] - from] = true;
                 }
-                next[p] = i;
+                behind[p] = i;
             }
             if (divisor == 1) continue;
-            for (Index word = 0; word < block / 64; ++word) {
-                for (std::uint64_t bits = touched[word]; bits; bits &= bits - 1) {
-                    flat[from + word * 64 + __builtin_ctzll(bits)] /= divisor;
+            for (std::size_t p = 0; p < parts.size(); ++p) {
+                for (Index i = first[p]; i < behind[p]; ++i) {
+                    const Index at = parts[p].indices[i];
+                    flat[at] = is_whole[at - from] ? flat[at] / divisor : flat[at];
+                    is_whole[at - from] = false;
                 }
             }
         }
