@@ -71,6 +71,7 @@ class GradientCompressor(Compressor):
         self._names = [] if self._parameters is None else list(reversed(self._parameters))  # as gradients arrive
         self._next = 0  # where in _names the next gradient is expected
         self._submitted: set[str] = set()  # since the last decompress
+        self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._dense_finite: list[Tensor] = []  # of gradients left to Horovod: bool of no dimensions each
@@ -132,7 +133,7 @@ class GradientCompressor(Compressor):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, step, seed and ledger; call it between steps. Save one for each rank."""
-        return self._bound().state_dict()
+        return {**self._bound().state_dict(), "op": self._op}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bit for bit, where :meth:`state_dict` was taken.
@@ -141,6 +142,8 @@ class GradientCompressor(Compressor):
             ValueError: the state is of another model, rank or number of ranks; nothing has changed then.
         """
         self._bound().load_state_dict(state)
+        self._op = state["op"]
+        self._forget_step()
 
     def reset_memory(self) -> None:
         """Forget what was not sent so far. Do it on all ranks, between steps."""
@@ -212,9 +215,16 @@ class GradientCompressor(Compressor):
         is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
         if not is_average and not is_sum:
             raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
-        divisor = size if is_average else 1
+        self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
         reduced = reducer.reduce(overflow_elsewhere=self._has_overflow())
         self._reduced = {name: gradient.div_(divisor) for name, gradient in reduced.sums.items()}
+
+    def _forget_step(self) -> None:
+        """Whatever a step that was never finished has left here."""
+        self._submitted.clear()
+        self._reduced.clear()
+        self._dense_finite.clear()
+        self._sparse.clear()
 
     def _has_overflow(self) -> bool:
         """Whether a gradient that Horovod reduces itself holds inf or NaN: then the whole step is likely skipped."""

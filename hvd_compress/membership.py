@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import horovod.torch as hvd
@@ -74,3 +75,31 @@ def check_named_parameters(
     if twice:
         raise ValueError(f"parameter names must be unique, these are not: {', '.join(twice)}")
     return dict(pairs)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rank's part in a change of the number of ranks.
+
+    Old and new ranks lie side by side on two lines of the same length; a new one follows those that it overlaps.
+    """
+
+    rank: int
+    size: int  # of the new world
+    before: int  # number of ranks of the old world
+    predecessors: tuple[int, ...]  # ranks of the old world
+    weights: tuple[int, ...]  # of the predecessors; their sum is ``before``
+
+    @classmethod
+    def of(cls, rank: int, size: int, before: int) -> Change:
+        """That of the rank ``rank`` of ``size``, after a world of ``before`` ranks."""
+        overlaps = {
+            old: min((rank + 1) * before, (old + 1) * size) - max(rank * before, old * size) for old in range(before)
+        }
+        taken = {old: overlap for old, overlap in overlaps.items() if overlap > 0}
+        return cls(rank, size, before, tuple(taken), tuple(taken.values()))
+
+    @property
+    def nearest(self) -> int:
+        """The place in ``predecessors`` of the one with the largest weight, the first of them."""
+        return self.weights.index(max(self.weights))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job 
     from mpi4py import MPI
 
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 ALIKE, AFTER = -1, -2  # in place of a rank: draws that are the same on all, before and after the exchange
 
 
@@ -124,6 +124,8 @@ class Sender:
             "rank": rank,
             "size": size,
             "memory": self._memory.state_dict(),
+            "rows": list(self._memory.rows),
+            "op": "Average",
             "schedule": self._schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
         }
@@ -150,6 +152,8 @@ class Sender:
             raise ValueError(
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
             )
+        self._rollback(self._pending)  # what an exchange that never came about had begun
+        self._pending, self._failure, self._energies = {}, None, {}
         self._memory.load_state_dict(state["memory"])
         self._schedule.load_state_dict(state["schedule"])
         self._ledger.load_state_dict(state["ledger"])
