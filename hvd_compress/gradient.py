@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kernels import is_finite
 from .ledger import Ledger
-from .membership import check_named_parameters, members
+from .membership import check_named_parameters, link
 from .operators import working_dtype
 from .reducer import Reducer
 from .settings import Settings
@@ -149,11 +149,16 @@ class GradientCompressor(Compressor):
         """Forget what was not sent so far. Do it on all ranks, between steps."""
         self._bound().reset_memory()
 
+    def leave(self) -> None:
+        """Forget the other ranks, and a step that was begun: the number of ranks is about to change."""
+        self._forget_step()
+        self._bound().leave()
+
     def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
-            communicator, ranks = members(self.settings.process_set, self.settings.communicator)
-            reducer.open(communicator, ranks, "gradient path", self.settings.timeout)
+            by, ranks = link(self.settings.process_set, self.settings.communicator)
+            reducer.open(by, ranks, "gradient path", self.settings.timeout)
         scaler = self.settings.grad_scaler
         if scaler is not None and not self._submitted:  # once a step, since it waits for the GPU
             self._scale = scaler.get_scale()

@@ -180,6 +180,10 @@ class QsparseLocalSGD(Wrapped):
         """Forget what was not sent so far. Do it on all ranks."""
         self._average.reset_memory()
 
+    def leave(self) -> None:
+        """Forget the other ranks: their number is about to change."""
+        self._average.leave()
+
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under one more key the memory, x_sync and the counters.
 

@@ -32,6 +32,25 @@ def members(
     """
     from .exchange import check_world
 
+    ranks = _taking_part(process_set).ranks
+    return check_world(communicator, hvd.rank(), hvd.size()), list(ranks or ())
+
+
+def link(
+    process_set: hvd.ProcessSet | None, communicator: MPI.Intracomm | None
+) -> tuple[MPI.Intracomm | hvd.ProcessSet, list[int]]:
+    """What the ranks that reduce together exchange messages by, and these ranks.
+
+    It is what :func:`members` returns, or the process set itself where Horovod runs without MPI. The arguments and
+    errors are those of :func:`members`.
+    """
+    if communicator is None and hvd.is_initialized() and not hvd.mpi_enabled():
+        taking_part = _taking_part(process_set)
+        return taking_part, list(taking_part.ranks or ())
+    return members(process_set, communicator)
+
+
+def _taking_part(process_set: hvd.ProcessSet | None) -> hvd.ProcessSet:
     if not hvd.is_initialized():
         raise RuntimeError("call hvd.init() before the first step")
     if process_set is None:
@@ -46,7 +65,7 @@ def members(
         raise ValueError(f"{process_set} is not registered with Horovod: see hvd.init(process_sets=…)")
     if hvd.rank() not in process_set.ranks:
         raise ValueError(f"rank {hvd.rank()} is not in {process_set}, so it must not use this compressor")
-    return check_world(communicator, hvd.rank(), hvd.size()), list(process_set.ranks)
+    return process_set
 
 
 def _process_sets() -> dict[int, list[int]]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
 
 from . import wire
 from .errors import PeerError, RankMismatchError, WireError
+from .horovod_exchange import HorovodExchange
 from .sender import AFTER, Pending, Sender
 from .wire import Message
 
@@ -37,18 +39,18 @@ class Reducer(Sender):
     """
 
     # State
-    _exchange: Exchange | None = None
+    _exchange: Exchange | HorovodExchange | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether the ranks have met."""
         return self._exchange is not None
 
-    def open(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> None:
-        """Meet the other ``ranks`` of ``communicator``. Collective over them.
+    def open(self, link: MPI.Intracomm | hvd.ProcessSet, ranks: Sequence[int], expects: str, timeout: float) -> None:
+        """Meet the other ``ranks``. Collective over them.
 
         Args:
-            communicator: contains the ranks.
+            link: a communicator that contains the ranks; their process set where Horovod runs without MPI.
             ranks: ascending, this one among them.
             expects: lines that must be the same on all ranks, besides what this reducer knows itself.
             timeout: seconds to wait for the other ranks.
@@ -57,10 +59,17 @@ class Reducer(Sender):
             RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
                 another rank or of another number of ranks.
         """
-        from .exchange import Exchange
-
         expects = f"{self._round} exchanges so far\n{expects}"
-        self._exchange = Exchange(self._meet(communicator, ranks, expects, timeout))
+        if isinstance(link, hvd.ProcessSet):
+            self._exchange = self._meet_through_horovod(link, ranks, expects)
+        else:
+            from .exchange import Exchange
+
+            self._exchange = Exchange(self._meet(link, ranks, expects, timeout))
+
+    def leave(self) -> None:
+        """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
+        self._exchange = self._place = self._saved_as = None
 
     def reduce(self, step: int | None = None, *, overflow_elsewhere: bool = False) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
@@ -118,8 +127,8 @@ class Reducer(Sender):
         received = self._exchange.allgatherv(buffer)
 
         for name, share in zip(pending, shares, strict=failure is None):
-            self._ledger.tensors[name].mpi += share
-        self._ledger.shared.mpi += self._exchange.sent - sent_before - sum(shares)
+            self._ledger.tensors[name].count(self._exchange.library, share)
+        self._ledger.shared.count(self._exchange.library, self._exchange.sent - sent_before - sum(shares))
         self._ledger.exchanges += 1
         if failure is not None:
             raise failure

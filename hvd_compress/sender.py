@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
 
 from . import wire
 from .errors import RankMismatchError
+from .horovod_exchange import HorovodExchange, agree
 from .ledger import Ledger
 from .memory import Memory
 from .operators import Operator, working_dtype
@@ -176,20 +178,37 @@ class Sender:
         from .exchange import abort_on_uncaught_exception, rendezvous
 
         here = (ranks.index(communicator.Get_rank()), len(ranks))
-        origin = "a state of its own, or none"
-        if self._saved_as not in (None, here):
-            saver = f"rank {self._saved_as[0]} of {self._saved_as[1]}"
-            origin = (
-                f"the state saved by {saver}, being rank {here[0]} of {here[1]} "
-                "(each rank loads its own file, and as many ranks resume as have saved)"
-            )
-        private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
-        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
-            raise RankMismatchError(f"this rank has {origin}")
+        private, sent = rendezvous(communicator, ranks, self._statement(self._origin(here), expects), timeout)
+        self._settle(here)
         abort_on_uncaught_exception(private)
-        self._place = here
         self._ledger.shared.mpi += sent
         return private
+
+    def _meet_through_horovod(
+        self, process_set: hvd.ProcessSet, ranks: Sequence[int], expects: str
+    ) -> HorovodExchange:
+        """The same where Horovod runs without MPI."""
+        exchange = HorovodExchange(process_set)
+        here = (exchange.rank, exchange.size)
+        agree(exchange, ranks, self._statement(self._origin(here), expects))
+        self._settle(here)
+        self._ledger.shared.horovod += exchange.sent
+        return exchange
+
+    def _origin(self, here: tuple[int, int]) -> str:
+        """Whose state was loaded, if it was not this rank's."""
+        if self._saved_as is None or self._saved_as == here:
+            return "a state of its own, or none"
+        rank, size = self._saved_as
+        return (
+            f"the state saved by rank {rank} of {size}, being rank {here[0]} of {here[1]} (each rank loads its own "
+            "file, and as many ranks resume as have saved, or hvd_compress.resize comes between)"
+        )
+
+    def _settle(self, here: tuple[int, int]) -> None:
+        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
+            raise RankMismatchError(f"this rank has {self._origin(here)}")
+        self._place = here
 
     def _statement(self, *expects: str) -> str:
         shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]

@@ -141,7 +141,7 @@ def gradient_path(model: torch.nn.Module, group: Any, memory: str) -> tuple[Any,
         torch.optim.SGD(model.parameters(), lr=1.0),
         named_parameters=model.named_parameters(),
         compression=compression,
-        process_set=group,
+        process_set=group or hvd.global_process_set,
     )
     return optimizer, compression
 

@@ -14,6 +14,8 @@ LIMIT = 2**31 - 1  # MPI counts and displacements are C ints before MPI 4
 class Exchange:
     """All-to-all exchange of one buffer per rank over an mpi4py communicator that nobody else uses."""
 
+    library = "mpi"
+
     def __init__(self, communicator: MPI.Intracomm) -> None:
         self._communicator = communicator
         self.rank: int = communicator.Get_rank()
