@@ -19,7 +19,7 @@ from .wire import Message
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
-    from .exchange import Exchange
+    from .exchange import Exchange, Watch
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Reducer(Sender):
 
     # State
     _exchange: Exchange | HorovodExchange | None = None
+    _watch: Watch | None = None
 
     @property
     def is_open(self) -> bool:
@@ -63,13 +64,20 @@ class Reducer(Sender):
         if isinstance(link, hvd.ProcessSet):
             self._exchange = self._meet_through_horovod(link, ranks, expects)
         else:
-            from .exchange import Exchange
+            from .exchange import Exchange, Watch
 
-            self._exchange = Exchange(self._meet(link, ranks, expects, timeout))
+            private = self._meet(link, ranks, expects, timeout)
+            self._exchange, self._watch = Exchange(private), Watch(private, timeout)
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
-        self._exchange = self._place = self._saved_as = None
+        self._exchange = self._watch = self._place = self._saved_as = None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """See :meth:`Sender.add`; from now on this rank may wait for others, in Horovod or here."""
+        super().add(name, tensor)
+        if self._watch is not None:
+            self._watch.begin()
 
     def reduce(self, step: int | None = None, *, overflow_elsewhere: bool = False) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
@@ -124,7 +132,11 @@ class Reducer(Sender):
                 failure = error
         if failure is not None:
             buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=step)
-        received = self._exchange.allgatherv(buffer)
+        try:
+            received = self._exchange.allgatherv(buffer)
+        finally:
+            if self._watch is not None:
+                self._watch.end()
 
         for name, share in zip(pending, shares, strict=failure is None):
             self._ledger.tensors[name].count(self._exchange.library, share)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import atexit
 import json
 import logging
+import os
 import sys
 import threading
 import time
 import traceback
+import weakref
 from typing import Any, NoReturn
 
 import numpy as np
 from mpi4py import MPI
+
+from ..errors import PeerError
 
 _LOOK_SECONDS = 1.0  # between two looks at what the others ask; each costs some microseconds
 _ANSWER_SECONDS = 5.0  # in which a rank that is alive answers, whatever its program does
@@ -28,22 +32,47 @@ class Watch:
     that answers the question where its program is. Who has waited for ``timeout`` seconds asks all others, prints who
     has not come to the exchange, and where their programs are instead, and aborts. A rank whose program has ended
     without it says so, and is not waited for that long. While all are in the exchange, nobody is missing: then a
-    network is slow, and the rank waits on.
+    network is slow, and the rank waits on. Collective.
 
     Args:
-        communicator: of the ranks; a copy is made. Collective.
+        communicator: of the ranks; a copy is made.
         timeout: seconds.
     """
 
     def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
+        self._watcher = _Watcher(communicator.Dup(), timeout)
+        if communicator.Get_size() > 1:
+            self._watcher.start()
+            weakref.finalize(self, self._watcher.retire).atexit = False  # where leave() comes
+
+    def begin(self) -> None:
+        """This rank has come to an exchange; again is as good as once.
+
+        Raises:
+            PeerError: another rank's program has ended, and MPI with it.
+        """
+        if MPI.Is_finalized():
+            raise PeerError("the program of another rank has ended, and MPI with it, while this one goes on")
+        self._watcher.since = time.monotonic()
+
+    def end(self) -> None:
+        """The exchange is over, however it ended."""
+        self._watcher.done += 1
+        self._watcher.since = None
+
+
+class _Watcher:
+    """The thread's side, which lives on until the program has no more use for the exchange."""
+
+    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
         # Configuration
-        self._communicator = communicator.Dup()
+        self._communicator = communicator
         self._rank = communicator.Get_rank()
         self._others = [rank for rank in range(communicator.Get_size()) if rank != self._rank]
         self._timeout = timeout
         # State. The program writes the first two, the thread reads them.
-        self._since: float | None = None  # when this rank has come to an exchange, if it is in one
-        self._done = 0  # exchanges
+        self.since: float | None = None  # when this rank has come to an exchange, if it is in one
+        self.done = 0  # exchanges
         self._stopped = threading.Event()
         self._asked: float | None = None
         self._told: dict[int, dict[str, Any]] = {}
@@ -51,23 +80,48 @@ class Watch:
         self._quiet_until = 0.0  # while another rank is asking
         self._outgoing: list[tuple[MPI.Request, Any]] = []
         self._thread = threading.Thread(target=self._run, name="hvd_compress watch", daemon=True)
-        if self._others:
-            self._thread.start()
-            atexit.register(self._leave)
 
-    def begin(self) -> None:
-        """This rank has come to an exchange; again is as good as once."""
-        self._since = time.monotonic()
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+        atexit.register(self.leave)
 
-    def end(self) -> None:
-        """The exchange is over, however it ended."""
-        self._done += 1
-        self._since = None
+    def retire(self) -> None:
+        """This rank comes to no more exchanges: tell the others, who may wait for it."""
+        atexit.unregister(self.leave)
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        if not MPI.Is_finalized():
+            for rank in self._others:
+                self._send(rank, _GONE, self._place())
+
+    def leave(self) -> None:
+        """The same at the end of the program, which goes on ending once no other rank waits for this one.
+
+        It would take MPI with it, on all ranks, if that was started by Horovod.
+        """
+        self.retire()
+        self._told = {}
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not {*self._told, *self._gone} >= {*self._others} and time.monotonic() < deadline:
+            if MPI.Is_finalized():
+                return
+            self._receive()
+            time.sleep(0.002)
+        waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
+        if waiting:
+            ranks = _list(waiting)
+            self._end_job(f"its program has ended, and exchange {self.done + 1} of rank(s) {ranks} waits for it")
 
     def _run(self) -> None:
-        while not self._stopped.wait(_LOOK_SECONDS) and not MPI.Is_finalized():
-            self._receive()
-            self._look(time.monotonic())
+        while not self._stopped.wait(_LOOK_SECONDS):
+            if not MPI.Is_finalized():
+                self._receive()
+                self._look(time.monotonic())
+            elif self.since is not None:  # a Horovod that started MPI ends it as soon as one rank's program ends
+                self._say(f"exchange {self.done + 1} waits for a rank whose program has ended, and MPI with it")
+                os._exit(1)
 
     def _receive(self) -> None:
         status = MPI.Status()
@@ -76,16 +130,17 @@ class Watch:
             message.Recv([data, MPI.BYTE])
             what, rank = json.loads(data.tobytes()), status.Get_source()
             if status.Get_tag() == _ASK:
-                self._send(rank, _TELL, {**self._place(), "stack": _stack()})
+                self._send(rank, _TELL, self._place())
                 if rank < self._rank:
                     self._quiet_until = time.monotonic() + 2 * _ANSWER_SECONDS  # it will say it for both
             elif status.Get_tag() == _TELL:
                 self._told[rank] = what
             else:
                 self._gone[rank] = {**what, "at": time.monotonic()}
+                self._send(rank, _TELL, self._place())
 
     def _look(self, now: float) -> None:
-        since, done = self._since, self._done
+        since, done = self.since, self.done
         if since is None:
             self._asked = None
             return
@@ -102,18 +157,18 @@ class Watch:
             return
         absent = {rank: told for rank, told in self._told.items() if told["done"] <= done and not told["waits"]}
         silent = [rank for rank in self._others if rank not in self._told]
-        if (self._since, self._done) == (since, done) and (absent or silent):
+        if (self.since, self.done) == (since, done) and (absent or silent):
             self._end_job(self._verdict(now - since, absent, silent))
         logger.warning("waiting since %.0f s in exchange %d, to which all ranks have come", now - since, done + 1)
         self._asked, self._quiet_until = None, now + self._timeout
 
     def _place(self) -> dict[str, Any]:
-        return {"done": self._done, "waits": self._since is not None}
+        return {"done": self.done, "waits": self.since is not None, "stack": _stack()}
 
     def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
         missing = sorted([*absent, *silent])
         lines = [
-            f"rank(s) {_list(missing)} did not come to exchange {self._done + 1} within {waited:.0f} s "
+            f"rank(s) {_list(missing)} did not come to exchange {self.done + 1} within {waited:.0f} s "
             f"(timeout={self._timeout:g}; a larger one helps if they are only slow)"
         ]
         lines += [f"Rank {rank} is here:\n{told['stack']}" for rank, told in sorted(absent.items())]
@@ -125,23 +180,18 @@ class Watch:
         return "\n".join(lines)
 
     def _end_job(self, why: str) -> NoReturn:
-        sys.stdout.flush()
-        print(f"hvd_compress: rank {self._rank} ends the job: {why}", file=sys.stderr, flush=True)
+        self._say(why)
         self._communicator.Abort(1)
         raise SystemExit  # Abort does not return
+
+    def _say(self, why: str) -> None:
+        sys.stdout.flush()
+        print(f"hvd_compress: rank {self._rank} ends the job: {why}", file=sys.stderr, flush=True)
 
     def _send(self, rank: int, tag: int, what: dict[str, Any]) -> None:
         self._outgoing = [(request, data) for request, data in self._outgoing if not request.Test()]
         data = np.frombuffer(json.dumps(what).encode(), np.uint8).copy()
         self._outgoing.append((self._communicator.Isend([data, MPI.BYTE], dest=rank, tag=tag), data))
-
-    def _leave(self) -> None:
-        """The program ends: tell the others, who may wait for this rank later."""
-        self._stopped.set()
-        self._thread.join()
-        if not MPI.Is_finalized():
-            for rank in self._others:
-                self._send(rank, _GONE, self._place())
 
 
 def _stack() -> str:
