@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NonFiniteError, RankMismatchError
 from .gradient import GradientCompressor
 from .ledger import Ledger
-from .membership import members
+from .membership import link
 from .reducer import Reducer
 
 
@@ -52,8 +52,12 @@ class CompressedAverage:
 
     def open(self, expects: str) -> None:
         """Meet the other ranks; see :meth:`hvd_compress.reducer.Reducer.open`."""
-        communicator, ranks = members(self._process_set, self._settings.communicator)
-        self._reducer.open(communicator, ranks, expects, self._settings.timeout)
+        by, ranks = link(self._process_set, self._settings.communicator)
+        self._reducer.open(by, ranks, expects, self._settings.timeout)
+
+    def leave(self) -> None:
+        """Forget the other ranks; see :meth:`hvd_compress.reducer.Reducer.leave`."""
+        self._reducer.leave()
 
     def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The mean of ``moved`` over ranks, whose tensors are given up.
@@ -104,6 +108,9 @@ class HorovodAverage:
     is_open = True  # Horovod compares names and shapes by itself
 
     def open(self, expects: str) -> None:
+        """Nothing to do."""
+
+    def leave(self) -> None:
         """Nothing to do."""
 
     def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:

@@ -388,7 +388,7 @@ class Compression(hvd.Compression):
         bucket_cap_mb: float = 25.0,
         process_set: hvd.ProcessSet | None = None,
         seed: int = 0,
-        timeout: float = 300.0,
+        timeout: float = 600.0,
         communicator: MPI.Intracomm | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> GradientCompressor:
@@ -407,7 +407,8 @@ class Compression(hvd.Compression):
                 backward pass goes on. Smaller ones begin earlier; each costs a collective's latency.
             process_set: the one that the optimizer was given, if it was given one.
             seed: of random operators.
-            timeout: seconds to wait for all ranks to begin their first exchange.
+            timeout: seconds that a rank waits for the others to come to an exchange, before it ends the job with the
+                names of those who are missing: more than the longest time that some ranks alone evaluate or save.
             communicator: an mpi4py communicator of Horovod's ranks, after ``hvd.init(comm=…)`` with other ranks
                 than MPI's world.
             grad_scaler: the ``torch.amp.GradScaler`` in use with ``hvd.DistributedOptimizer``. The memory is then in

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kernels import is_finite
 from .ledger import Ledger
-from .membership import check_named_parameters, members
+from .membership import check_named_parameters, link
 from .operators import working_dtype
 from .reducer import Reducer
 from .settings import Settings
@@ -72,6 +72,7 @@ class GradientCompressor(Compressor):
         self._latest: str | None = None  # whose gradient came last in this step
         self._followers: dict[str | None, str] = {}  # whose came next, last time
         self._submitted: set[str] = set()  # since the last decompress
+        self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._dense_finite: list[Tensor] = []  # of gradients left to Horovod: bool of no dimensions each
@@ -133,7 +134,7 @@ class GradientCompressor(Compressor):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, step, seed and ledger; call it between steps. Save one for each rank."""
-        return self._bound().state_dict()
+        return {**self._bound().state_dict(), "op": self._op}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bit for bit, where :meth:`state_dict` was taken.
@@ -142,16 +143,23 @@ class GradientCompressor(Compressor):
             ValueError: the state is of another model, rank or number of ranks; nothing has changed then.
         """
         self._bound().load_state_dict(state)
+        self._op = state["op"]
+        self._forget_step()
 
     def reset_memory(self) -> None:
         """Forget what was not sent so far. Do it on all ranks, between steps."""
         self._bound().reset_memory()
 
+    def leave(self) -> None:
+        """Forget the other ranks, and a step that was begun: the number of ranks is about to change."""
+        self._forget_step()
+        self._bound().leave()
+
     def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
-            communicator, ranks = members(self.settings.process_set, self.settings.communicator)
-            reducer.open(communicator, ranks, "gradient path", self.settings.timeout)
+            by, ranks = link(self.settings.process_set, self.settings.communicator)
+            reducer.open(by, ranks, "gradient path", self.settings.timeout)
         scaler = self.settings.grad_scaler
         if scaler is not None and not self._submitted:  # once a step, since it waits for the GPU
             self._scale = scaler.get_scale()
@@ -215,8 +223,15 @@ class GradientCompressor(Compressor):
         is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
         if not is_average and not is_sum:
             raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
-        divisor = size if is_average else 1
+        self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
         self._reduced = reducer.reduce(divisor=divisor, overflow_elsewhere=self._has_overflow()).sums
+
+    def _forget_step(self) -> None:
+        """Whatever a step that was never finished has left here."""
+        self._submitted.clear()
+        self._reduced.clear()
+        self._dense_finite.clear()
+        self._sparse.clear()
 
     def _has_overflow(self) -> bool:
         """Whether a gradient that Horovod reduces itself holds inf or NaN: then the whole step is likely skipped."""

@@ -18,6 +18,10 @@ class Traffic:
         times = f"{self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
         return f"{self.sent / 1e6:.2f} MB sent, {times}"
 
+    def count(self, library: str, sent: int) -> None:
+        """That ``sent`` bytes were handed to ``library``: ``"mpi"`` or ``"horovod"``."""
+        setattr(self, library, getattr(self, library) + sent)
+
     def add(self, other: Traffic) -> None:
         """Count what ``other`` has counted."""
         self.mpi += other.mpi

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
 
 from . import wire
 from .errors import PeerError, RankMismatchError, WireError
+from .horovod_exchange import HorovodExchange
 from .kernels import all_finite
 from .sender import AFTER, Pending, Sender
 from .side_stream import SideStream
@@ -21,7 +23,7 @@ from .wire import Message
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
-    from .exchange import Exchange
+    from .exchange import Exchange, Watch
     from .exchange.gather import Bytes
 
 
@@ -71,9 +73,10 @@ class Reducer(Sender):
         super().__init__(shapes, **options)
         # Configuration
         self._buckets = list(_buckets(shapes, bucket_cap_mb))
-        self._bucket_of = {name: place for place, names in enumerate(self._buckets) for name in names}
         # State
-        self._exchange: Exchange | None = None
+        self._exchange: Exchange | HorovodExchange | None = None
+        self._watch: Watch | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hvd_compress exchange")
         self._side_stream = SideStream()
         self._awaited = [set(names) for names in self._buckets]  # what came last time; the same on all ranks
         self._here: set[str] = set()  # what was added since the last time, whether or not it could be compressed
@@ -85,11 +88,11 @@ class Reducer(Sender):
         """Whether the ranks have met."""
         return self._exchange is not None
 
-    def open(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> None:
-        """Meet the other ``ranks`` of ``communicator``. Collective over them.
+    def open(self, link: MPI.Intracomm | hvd.ProcessSet, ranks: Sequence[int], expects: str, timeout: float) -> None:
+        """Meet the other ``ranks``. Collective over them.
 
         Args:
-            communicator: contains the ranks.
+            link: a communicator that contains the ranks; their process set where Horovod runs without MPI.
             ranks: ascending, this one among them.
             expects: lines that must be the same on all ranks, besides what this reducer knows itself.
             timeout: seconds to wait for the other ranks.
@@ -98,13 +101,27 @@ class Reducer(Sender):
             RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
                 another rank or of another number of ranks.
         """
-        from .exchange import Exchange
-
         expects = f"{self._round} exchanges so far\n{len(self._buckets)} buckets\n{expects}"
-        self._exchange = Exchange(self._meet(communicator, ranks, expects, timeout))
+        if isinstance(link, hvd.ProcessSet):
+            self._exchange = self._meet_through_horovod(link, ranks, expects)
+        else:
+            from .exchange import Exchange, Watch
+
+            private = self._meet(link, ranks, expects, timeout)
+            self._exchange, self._watch = Exchange(private), Watch(private, timeout)
+
+    def leave(self) -> None:
+        """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
+        self._drop()
+        self._exchange = self._watch = self._place = self._saved_as = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks."""
+        """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks.
+
+        From now on this rank may wait for others, in Horovod or here.
+        """
+        if self._watch is not None:
+            self._watch.begin()
         if name in self._gone:
             self._fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
             return
@@ -160,6 +177,12 @@ class Reducer(Sender):
         draws = partial(self._generator, name, AFTER, flat.device)
         return self._memory.receive(name, flat, self.size, draws).div_(divisor)
 
+    def _drop(self) -> None:
+        super()._drop()
+        self._here.clear()
+        self._departed.clear()
+        self._gone.clear()
+
     # Departures. How many there are, and what is in them, depends on nothing but the tensors that were added.
 
     def _depart_early(self) -> None:
@@ -184,7 +207,7 @@ class Reducer(Sender):
         failure = None if self._failure is None else _story(self._failure)
         own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
         trip = partial(_travel, self._exchange, len(self._departed), own, device)
-        arrival = self._exchange.submit(self._side_stream.after_now(device, trip))
+        arrival = self._worker.submit(self._side_stream.after_now(device, trip))
         self._departed.append(_Departed(chosen, step, arrival))
         self._gone.update(chosen)
 
@@ -192,11 +215,17 @@ class Reducer(Sender):
 
     def _arrive(self, departed: list[_Departed], failure: Exception | None) -> list[_Arrived]:
         """What has become of the buckets, if all of them are as they should be."""
-        arrived = [bucket.arrival.result() for bucket in departed]
+        assert self._exchange is not None, "open() comes first"
+        try:
+            arrived = [bucket.arrival.result() for bucket in departed]
+        finally:
+            if self._watch is not None:
+                self._watch.end()
+        library = self._exchange.library
         for bucket, arrival in zip(departed, arrived, strict=True):
             for name, share in zip(bucket.names, arrival.shares, strict=False):
-                self._ledger.tensors[name].mpi += share
-            self._ledger.shared.mpi += arrival.sent - sum(arrival.shares)
+                self._ledger.tensors[name].count(library, share)
+            self._ledger.shared.count(library, arrival.sent - sum(arrival.shares))
         self._ledger.exchanges += 1
         for error in (failure, *(arrival.error for arrival in arrived)):
             if error is not None:
@@ -245,7 +274,7 @@ def _buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[s
     yield bucket
 
 
-def _travel(exchange: Exchange, place: int, own: wire.Packet, device: torch.device) -> _Arrived:
+def _travel(exchange: Exchange | HorovodExchange, place: int, own: wire.Packet, device: torch.device) -> _Arrived:
     """Send this rank's packet, and receive everyone's. In the exchange's thread."""
     sent_before = exchange.sent
     shares: list[int] = []
@@ -257,8 +286,6 @@ def _travel(exchange: Exchange, place: int, own: wire.Packet, device: torch.devi
                 own.messages, ids=own.ids, round=own.round, energy=own.energy, overflow=own.overflow
             )
             buffer, shares = encoded.data, encoded.shares
-            # What the others decode is this, bit for bit.
-            own = replace(own, messages=encoded.messages)
         else:
             buffer = wire.encode_failure(own.failure, round=own.round)
     except Exception as caught:
@@ -266,7 +293,7 @@ def _travel(exchange: Exchange, place: int, own: wire.Packet, device: torch.devi
         buffer = wire.encode_failure(_story(caught), round=own.round)
     try:
         for rank, data in enumerate(exchange.allgatherv(buffer, place)):
-            packets.append(own if rank == exchange.rank else _open(rank, data, device))
+            packets.append(_open(rank, data, device))  # its own too: all ranks judge the same bytes
     except Exception as caught:
         error = error or caught
     return _Arrived(shares, exchange.sent - sent_before, packets, error)

@@ -26,7 +26,7 @@ class Settings:
     dense_below: int = 1000
     bucket_cap_mb: float = 25.0
     seed: int = 0
-    timeout: float = 300.0
+    timeout: float = 600.0
     process_set: hvd.ProcessSet | None = None
     communicator: MPI.Intracomm | None = None
     grad_scaler: torch.amp.GradScaler | None = None

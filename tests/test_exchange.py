@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from models import Vectors, gradient
+from models import Vectors, assert_replicas_identical, gradient
+from test_wire import mutated
 from torch import Tensor
 from world import RankFailedError, World, launch
 
 from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError, WireError
-from hvd_compress.operators import Operator, TopK
+from hvd_compress.ledger import Ledger
+from hvd_compress.memory import Residual
+from hvd_compress.operators import QSGD, Operator, TopK, compose
+from hvd_compress.reducer import Reducer
 from hvd_compress.wire import Message
 
 SHAPES = {"small": (9,), "wide": (30, 40), "long": (5000,)}
@@ -113,7 +118,7 @@ class Counting:
             if name in ("Isend", "Iallgatherv"):
                 self.counts[name] = self.counts.get(name, 0) + np.asarray(arguments[0]).nbytes
                 self.calls[name] = self.calls.get(name, 0) + 1
-            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier")):
+            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier", "Improbe")):
                 raise AssertionError(f"{name} is not counted")
             return result
 
@@ -332,7 +337,7 @@ def test_an_operator_that_fails_on_one_rank_raises_on_all(world: World, path: st
 
 
 class Damaging(Counting):
-    """Flips a bit of what each rank receives from the next one."""
+    """Flips a bit of what the last rank has sent."""
 
     def __getattr__(self, name: str) -> Any:
         original = getattr(self._communicator, name)
@@ -346,8 +351,7 @@ class Damaging(Counting):
             request.Wait()
             if len(into[0]) > 8 * self._communicator.Get_size():  # not the lengths
                 gathered, lengths, starts, _ = into
-                following = (self._communicator.Get_rank() + 1) % len(lengths)
-                gathered[starts[following] + lengths[following] - 1] ^= 1
+                gathered[starts[-1] + lengths[-1] - 1] ^= 1
             return request
 
         return gather
@@ -361,13 +365,73 @@ def damaged() -> None:
     compression = Compression.topk(k=3, dense_below=0, communicator=Damaging(MPI.COMM_WORLD))
     optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
     model({"w": torch.ones(30)}).backward()
-    with pytest.raises(WireError, match=rf"from rank {(hvd.rank() + 1) % hvd.size()}: .*checksum"):
+    with pytest.raises(WireError, match=rf"from rank {hvd.size() - 1}: .*checksum"):
         optimizer.step()
 
 
 @pytest.mark.ranks(2)
 def test_a_damaged_message(world: World) -> None:
     world.run(damaged)
+
+
+class Mutating:
+    """An exchange whose second rank sends something else than it should."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+        self.random = random.Random(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._exchange, name)
+
+    def allgatherv(self, buffer: Any, place: int) -> Any:
+        if hvd.rank() == 1 and self.random.random() < 0.8:
+            changed = bytearray(buffer.tobytes())
+            buffer = np.frombuffer(mutated(changed, self.random), np.uint8).copy()
+        return self._exchange.allgatherv(buffer, place)
+
+
+def a_peer_sends_anything(rounds: int) -> list[str]:
+    """What became of each exchange on this rank, and of the memory."""
+    from mpi4py import MPI
+
+    shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
+    reducer = Reducer(
+        shapes,
+        operator=compose(TopK(k=40), QSGD(bits=4, norm="max")),
+        memory=Residual(),
+        dense_below=10,
+        bucket_cap_mb=0.01,  # two buckets
+        seed=0,
+        ledger=Ledger(),
+    )
+    reducer.open(MPI.COMM_WORLD, range(hvd.size()), "fuzz", timeout=300)
+    reducer._exchange = Mutating(reducer._exchange)  # type: ignore[assignment]
+    outcomes = []
+    for step in range(rounds):
+        before = reducer.state_dict()["memory"]
+        for name, tensor in gradients(hvd.rank(), step).items():
+            reducer.add(name, tensor)
+        try:
+            reduced = reducer.reduce()
+        except (WireError, RankMismatchError, PeerError) as error:
+            outcomes.append(type(error).__name__)
+            after = reducer.state_dict()["memory"]
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        else:
+            assert_replicas_identical(list(reduced.sums.values()))
+            outcomes.append("overflow" if reduced.overflow else "sums")
+    return outcomes
+
+
+@pytest.mark.ranks(3)
+def test_a_peer_that_sends_anything(world: World) -> None:
+    """Mutated packets with a right checksum, through real exchanges: all ranks come to the same end."""
+    first, *others = world.run(a_peer_sends_anything, 400)
+    assert all(other == first for other in others)
+    assert first.count("WireError") > 200
+    assert first.count("sums") > 50
 
 
 # Whole jobs
@@ -396,6 +460,42 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback() -> None:
     assert ended.returncode != 0
     assert "KeyError: 'only here'" in ended.stdout
     assert "rank 2 failed with KeyError; ending the job" in ended.stdout
+
+
+LOCAL = """
+import torch, horovod.torch as hvd
+from hvd_compress import Compression, QsparseLocalSGD
+hvd.init()
+model = torch.nn.Linear(50, 50)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+optimizer = QsparseLocalSGD(
+    torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(),
+    compression=Compression.topk(ratio=0.1, timeout=2.0), sync_every=2)
+def step():
+    optimizer.zero_grad()
+    model(torch.randn(4, 50)).square().sum().backward()
+    optimizer.step()
+step(); step()
+def evaluate():
+    import time
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "texts"),
+    [
+        ("evaluate()", ["rank(s) 1 did not come to exchange 2", "in evaluate"]),
+        ("raise SystemExit", ["rank 1 ends the job: its program has ended, and exchange 2 of rank(s)"]),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["signal 9"]),
+    ],
+    ids=["hangs", "exits", "is killed"],
+)
+def test_a_rank_that_does_not_come_ends_the_job(wrong: str, texts: list[str]) -> None:
+    ended = launch(3, LOCAL + f"if hvd.rank() == 1: {wrong}\nfor _ in range(50): step()\nprint('the end')")
+    assert ended.returncode != 0
+    assert "the end" not in ended.stdout
+    assert all(text in ended.stdout for text in texts), ended.stdout
 
 
 def test_ranks_that_all_raise_each_say_why() -> None:

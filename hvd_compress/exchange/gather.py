@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +10,6 @@ from mpi4py import MPI
 
 Bytes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int64]
-_Result = TypeVar("_Result")
 
 LIMIT = 2**31 - 1  # MPI counts and displacements are C ints before MPI 4
 _LENGTH_BYTES = 8  # in front of each buffer
@@ -29,18 +25,15 @@ class Exchange:
     travel together with the buffer's length, and only what is longer needs a second collective.
     """
 
+    library = "mpi"
+
     def __init__(self, communicator: MPI.Intracomm) -> None:
         self._communicator = communicator
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hvd_compress exchange")
         # State
         self.sent = 0  # bytes of all send buffers handed to MPI so far
         self._forecasts: dict[int, _Forecast] = {}  # by place; the same on all ranks
-
-    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Have ``work`` done in this exchange's own thread, after all that was submitted before."""
-        return self._worker.submit(work)
 
     def allgatherv(self, buffer: Bytes, place: int = 0) -> list[Bytes]:
         """Every rank's ``buffer`` in rank order, this rank's own among them. Collective.

@@ -55,7 +55,6 @@ class Encoded:
 
     data: Bytes  # uint8 [n], on the host
     shares: list[int]  # bytes that each message takes; with the header they add up to len(data)
-    messages: list[Message]  # as receivers see them: without the entries that say nothing
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def encode(
     front = torch.frombuffer(bytearray(HEADER_BYTES) + b"".join(rows), dtype=torch.uint8)
     data = _on_host(torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)])).numpy()
     _seal(data, _MESSAGES, len(entries), round, energy, _OVERFLOW if overflow else 0)
-    return Encoded(data, _shares(entries, rows, unary_bits), kept)
+    return Encoded(data, _shares(entries, rows, unary_bits))
 
 
 def encode_failure(text: str, *, round: int = 0) -> Bytes:
