@@ -33,6 +33,7 @@ from .operators import (
     TopK,
     compose,
 )
+from .report.command import add_report
 from .wire import encode
 
 T = TypeVar("T")
@@ -47,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of the program's.
     """
     parser = argparse.ArgumentParser(
-        prog="hvd-compress", description="Compressed communication for Horovod: looks at operators before they train."
+        prog="hvd-compress",
+        description="Compressed communication for Horovod: looks at operators, at this machine, and at runs.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_operators(commands)
+    add_report(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 

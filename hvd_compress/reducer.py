@@ -76,7 +76,10 @@ class Reducer(Sender):
             WireError: a message arrived damaged.
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
-        step = self._round if step is None else step
+        with self._ledger.timed("compress"):
+            return self._reduce(self._round if step is None else step, overflow_elsewhere)
+
+    def _reduce(self, step: int, overflow_elsewhere: bool) -> Reduced:
         pending, failure = self._take()
         try:
             packets = self._swap_packets(pending, failure, step, overflow_elsewhere)
@@ -115,7 +118,8 @@ class Reducer(Sender):
                 failure = error
         if failure is not None:
             buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=step)
-        received = self._exchange.allgatherv(buffer)
+        with self._ledger.timed("exchange"):
+            received = self._exchange.allgatherv(buffer)
 
         for name, share in zip(pending, shares, strict=failure is None):
             self._ledger.tensors[name].mpi += share
