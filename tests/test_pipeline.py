@@ -293,7 +293,7 @@ class TestShards:
         copy = tmp_path / "val"
         shutil.copytree(shards / "val", copy)
         (copy / "index.npz").unlink()
-        with pytest.raises(FileNotFoundError, match="imagenet_shards[.]py index"):
+        with pytest.raises(FileNotFoundError, match=r"imagenet_shards[.]py index"):
             module.Shards(copy)
         assert module.make_index(copy) == len(module.Shards(shards / "val"))
         source = module.Shards(copy)

@@ -45,7 +45,7 @@ def draw(runs: Sequence[Run] | Mapping[str, Run], x: str, y: str, path: Path) ->
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda megabytes, _: f"{megabytes:,g}")
         elif x == "epoch":
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if y == "accuracy":
             axes.set_ylim(0, 105)
         axes.set_xlabel(X[x])
@@ -89,7 +89,8 @@ def draw_shares(summaries: Sequence[Summary], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel("Part of the training time (%), first rank")
-        axes.legend(frameon=False, ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.5, 1))
+        legend = {"ncols": len(KINDS), "handlelength": 1, "columnspacing": 1, "handletextpad": 0.4}
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), **legend)
 
     _picture(path, bars, height=1.5 + 0.4 * len(summaries))
 
