@@ -60,6 +60,6 @@ setup(
         ],
         "slurm": ["cloudpickle", "matplotlib", "pyyaml", "submitit>=1.5"],
         "test": ["hypothesis", "mypy", "pytest", "ruff", "types-pyyaml", "types-tqdm"],
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "docs": ["furo", "myst-parser", "sphinx", "sphinx-copybutton"],
     },
 )
