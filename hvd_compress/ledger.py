@@ -54,9 +54,8 @@ class Ledger:
     tensors: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))  # by parameter name
     shared: Traffic = field(default_factory=Traffic)  # headers, length exchanges, the first handshake
     exchanges: int = 0  # of compressed messages, or of all parameters under local SGD
-    # This process's wall time in "compress" (both ways, memories too) and "exchange" (as far as the program waited for
-    # it, the others' lateness too). On a GPU, whose work is only started here, some of it shows up where its results
-    # are waited for.
+    # This process's wall time in "compress" (both ways, memories too) and "exchange" (as far as it was waited for, the
+    # others' lateness too). On a GPU, whose work is only started here, some of it shows up where results are needed.
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float), compare=False)
 
     @property
