@@ -54,8 +54,8 @@ class Ledger:
     tensors: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))  # by parameter name
     shared: Traffic = field(default_factory=Traffic)  # headers, length exchanges, the first handshake
     exchanges: int = 0  # of compressed messages, or of all parameters under local SGD
-    # This process's wall time in "compress" (both ways, memories too) and "exchange" (as far as it was waited for, the
-    # others' lateness too). On a GPU, whose work is only started here, some of it shows up where results are needed.
+    # This process's wall time in "compress" (both ways, memories too) and "exchange" (as far as it was waited for,
+    # with the others' lateness). On a GPU, whose work is only started here, some shows up where results are needed.
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float), compare=False)
 
     @property
