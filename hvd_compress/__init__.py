@@ -9,6 +9,7 @@ from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
 from .gradient import GradientCompressor
 from .ledger import Ledger, Traffic
 from .local_sgd import QsparseLocalSGD, post_local, sync_at
+from .resize import resize
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "post_local",
     "random_gaps",
     "random_state",
+    "resize",
     "set_random_state",
     "sync_at",
 ]

@@ -18,7 +18,7 @@ from .memory import Memory
 from .remote import Pace, RemoteModel
 from .wrapped import Wrapped, checksum
 
-_STATE_KEY = "async_qsparse_local_sgd"
+ASYNC_STATE_KEY = "async_qsparse_local_sgd"
 
 
 class AsyncQsparseLocalSGD(Wrapped):
@@ -218,7 +218,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             "sender": self._model.state_dict(),
             "server": server,
         }
-        return {**self.optimizer.state_dict(), _STATE_KEY: own}
+        return {**self.optimizer.state_dict(), ASYNC_STATE_KEY: own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken, bit for bit in logical mode; the caller loads the model's state.
@@ -230,12 +230,12 @@ class AsyncQsparseLocalSGD(Wrapped):
         if self._model.is_open:
             raise RuntimeError("load the state before the first step, into a new optimizer")
         state = dict(state_dict)
-        if _STATE_KEY not in state:
+        if ASYNC_STATE_KEY not in state:
             raise ValueError(
                 "this is not a state of AsyncQsparseLocalSGD; a plain optimizer's is loaded into the wrapped "
                 "optimizer (….optimizer.load_state_dict)"
             )
-        own = state.pop(_STATE_KEY)
+        own = state.pop(ASYNC_STATE_KEY)
         if own["mode"] != self._mode:
             raise ValueError(f"the state was saved with mode={own['mode']!r}, this is {self._mode!r}")
         saved = own["anchors"] or {}

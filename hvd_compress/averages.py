@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import NonFiniteError, RankMismatchError
 from .gradient import GradientCompressor
 from .ledger import Ledger
-from .membership import members
+from .membership import link
 from .reducer import Reducer
 
 
@@ -37,6 +37,7 @@ class CompressedAverage:
             operator=settings.operator,
             memory=settings.memory(),
             dense_below=settings.dense_below,
+            bucket_cap_mb=settings.bucket_cap_mb,
             seed=settings.seed,
             ledger=self.ledger,
         )
@@ -51,8 +52,12 @@ class CompressedAverage:
 
     def open(self, expects: str) -> None:
         """Meet the other ranks; see :meth:`hvd_compress.reducer.Reducer.open`."""
-        communicator, ranks = members(self._process_set, self._settings.communicator)
-        self._reducer.open(communicator, ranks, expects, self._settings.timeout)
+        by, ranks = link(self._process_set, self._settings.communicator)
+        self._reducer.open(by, ranks, expects, self._settings.timeout)
+
+    def leave(self) -> None:
+        """Forget the other ranks; see :meth:`hvd_compress.reducer.Reducer.leave`."""
+        self._reducer.leave()
 
     def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The mean of ``moved`` over ranks, whose tensors are given up.
@@ -63,15 +68,14 @@ class CompressedAverage:
         """
         for name, tensor in moved.items():
             self._reducer.add(name, tensor)
-        reduced = self._reducer.reduce(step)
+        reduced = self._reducer.reduce(step, divisor=self._reducer.size)
         if reduced.overflow:
             where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
             raise NonFiniteError(
                 f"parameters became inf or NaN: {where}. They are back at the last synchronised values; a smaller "
                 "learning rate, a longer warm-up or gradient clipping may help"
             )
-        size = self._reducer.size
-        return {n: reduced.sums[n].div_(size).view(t.shape).to(t.dtype) for n, t in moved.items()}
+        return {n: reduced.sums[n].view(t.shape).to(t.dtype) for n, t in moved.items()}
 
     def residual(self, name: str) -> Tensor | None:
         """What this rank has still to send, flat; None for nothing."""
@@ -106,6 +110,9 @@ class HorovodAverage:
     def open(self, expects: str) -> None:
         """Nothing to do."""
 
+    def leave(self) -> None:
+        """Nothing to do."""
+
     def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """The mean of ``moved`` over ranks.
 
@@ -117,7 +124,10 @@ class HorovodAverage:
         for name, tensor in zip(moved, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1
-        averages = hvd.grouped_allreduce(list(compressed), name="qsparse_local_sgd", process_set=self._process_set)
+        with self.ledger.timed("exchange"):
+            averages = hvd.grouped_allreduce(
+                list(compressed), name="qsparse_local_sgd", process_set=self._process_set
+            )
         return {
             name: self._compression.decompress(average, context)
             for name, average, context in zip(moved, averages, contexts, strict=True)

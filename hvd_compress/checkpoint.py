@@ -34,7 +34,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
-from .membership import members
+from .membership import Change, members
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
@@ -48,6 +48,9 @@ _PARTIAL = ".partial"
 
 T = TypeVar("T")
 
+Resize = Callable[[Change, Sequence[Any]], Any]
+"""What makes one rank's state from those of the old ranks that it follows."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -55,6 +58,7 @@ class Checkpoint:
 
     step: int
     state: dict[str, Any]  # this rank's
+    ranks: int  # that have saved it
 
 
 class Checkpoints:
@@ -104,11 +108,17 @@ class Checkpoints:
         self._raise_if_any(self._communicator.allgather(problem))
         self._on_first_rank(lambda: self._complete(partial, self._path(step)))
 
-    def load(self, *, map_location: torch.device | str = "cpu") -> Checkpoint | None:
+    def load(self, *, map_location: torch.device | str = "cpu", resize: Resize | None = None) -> Checkpoint | None:
         """This rank's part of the newest complete checkpoint; None if there is none. Collective.
 
+        Args:
+            map_location: the device of its tensors.
+            resize: makes this rank's state, where another number of ranks has saved, from those of the ranks whose
+                place it takes: :func:`hvd_compress.resize`. It is not called where the number is the same.
+
         Raises:
-            ValueError: it is another number of ranks' or another format's.
+            ValueError: it is another format's, or another number of ranks' and there is no ``resize``, or that
+                cannot; every rank raises.
             OSError: a file could not be read on some rank; every rank raises.
         """
         step = self._on_first_rank(lambda: max(self._steps(), default=None))
@@ -116,17 +126,32 @@ class Checkpoints:
             return None
         path = self._path(step)
         saved_by = self._on_first_rank(lambda: len(list(path.glob("rank-*.pt"))))
-        if saved_by != self._size:
+        if saved_by != self._size and resize is None:
             raise ValueError(
-                f"{path} was saved by {saved_by} ranks, this job has {self._size}. Memories belong to ranks: start "
-                f"with {saved_by} ranks, or in another directory"
+                f"{path} was saved by {saved_by} ranks, this job has {self._size}, and memories belong to ranks. "
+                f"Start with {saved_by} ranks, or in another directory, or call load(resize=hvd_compress.resize), "
+                "which divides the memories among these ranks"
             )
-        content, problem = _attempt(lambda: _read(path / _file(self._rank), map_location))
+        change = Change.of(self._rank, self._size, saved_by)
+        contents, problem = _attempt(
+            lambda: [_read(path / _file(rank), map_location) for rank in change.predecessors]
+        )
         self._raise_if_any(self._communicator.allgather(problem))
-        assert content is not None
-        if content.get("format") != _FORMAT:
-            raise ValueError(f"{path} has format {content.get('format')!r}, this version reads {_FORMAT}")
-        return Checkpoint(step, content["state"])
+        assert contents is not None
+        for content in contents:
+            if content.get("format") != _FORMAT or content["size"] != saved_by:
+                raise ValueError(
+                    f"{path} has format {content.get('format')!r} of {content.get('size')} ranks, this version reads "
+                    f"{_FORMAT}, of the {saved_by} ranks whose files are there"
+                )
+        if saved_by == self._size:
+            return Checkpoint(step, contents[0]["state"], saved_by)
+        assert resize is not None
+        state, problem = _attempt(lambda: resize(change, [content["state"] for content in contents]))
+        for rank, text in enumerate(self._communicator.allgather(problem)):
+            if text is not None:
+                raise ValueError(f"{path} cannot go on with {self._size} ranks. Rank {rank}: {text}")
+        return Checkpoint(step, dict(state or {}), saved_by)
 
     @property
     def _rank(self) -> int:

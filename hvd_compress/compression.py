@@ -385,9 +385,10 @@ class Compression(hvd.Compression):
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         memory: str | Callable[[], Memory] = "residual",
         dense_below: int = 1000,
+        bucket_cap_mb: float = 25.0,
         process_set: hvd.ProcessSet | None = None,
         seed: int = 0,
-        timeout: float = 300.0,
+        timeout: float = 600.0,
         communicator: MPI.Intracomm | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> GradientCompressor:
@@ -402,9 +403,12 @@ class Compression(hvd.Compression):
                 with their usual settings; or a function that makes a memory.
             dense_below: tensors with fewer elements are not compressed. Biases and normalisation layers are a
                 thousandth of a model's bytes and sensitive; 0 compresses everything.
+            bucket_cap_mb: megabytes of uncompressed float32 that make a bucket, whose message travels while the
+                backward pass goes on. Smaller ones begin earlier; each costs a collective's latency.
             process_set: the one that the optimizer was given, if it was given one.
             seed: of random operators.
-            timeout: seconds to wait for all ranks to begin their first exchange.
+            timeout: seconds that a rank waits for the others to come to an exchange, before it ends the job with the
+                names of those who are missing: more than the longest time that some ranks alone evaluate or save.
             communicator: an mpi4py communicator of Horovod's ranks, after ``hvd.init(comm=…)`` with other ranks
                 than MPI's world.
             grad_scaler: the ``torch.amp.GradScaler`` in use with ``hvd.DistributedOptimizer``. The memory is then in
@@ -419,7 +423,17 @@ class Compression(hvd.Compression):
             if memory not in MEMORIES:
                 raise ValueError(_unknown("memory", memory, MEMORIES))
             memory = MEMORIES[memory]
-        settings = Settings(operator, memory, dense_below, seed, timeout, process_set, communicator, grad_scaler)
+        settings = Settings(
+            operator,
+            memory,
+            dense_below=dense_below,
+            bucket_cap_mb=bucket_cap_mb,
+            seed=seed,
+            timeout=timeout,
+            process_set=process_set,
+            communicator=communicator,
+            grad_scaler=grad_scaler,
+        )
         return GradientCompressor(settings, named_parameters)
 
     @staticmethod

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .kernels import is_finite
 from .ledger import Ledger
-from .membership import check_named_parameters, members
+from .membership import check_named_parameters, link
 from .operators import working_dtype
 from .reducer import Reducer
 from .settings import Settings
@@ -65,12 +65,14 @@ class GradientCompressor(Compressor):
                 operator=settings.operator,
                 memory=settings.memory(),
                 dense_below=settings.dense_below,
+                bucket_cap_mb=settings.bucket_cap_mb,
                 seed=settings.seed,
                 ledger=self.ledger,
             )
-        self._names = [] if self._parameters is None else list(reversed(self._parameters))  # as gradients arrive
-        self._next = 0  # where in _names the next gradient is expected
+        self._latest: str | None = None  # whose gradient came last in this step
+        self._followers: dict[str | None, str] = {}  # whose came next, last time
         self._submitted: set[str] = set()  # since the last decompress
+        self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._dense_finite: list[Tensor] = []  # of gradients left to Horovod: bool of no dimensions each
@@ -132,7 +134,7 @@ class GradientCompressor(Compressor):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, step, seed and ledger; call it between steps. Save one for each rank."""
-        return self._bound().state_dict()
+        return {**self._bound().state_dict(), "op": self._op}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on, bit for bit, where :meth:`state_dict` was taken.
@@ -141,16 +143,23 @@ class GradientCompressor(Compressor):
             ValueError: the state is of another model, rank or number of ranks; nothing has changed then.
         """
         self._bound().load_state_dict(state)
+        self._op = state["op"]
+        self._forget_step()
 
     def reset_memory(self) -> None:
         """Forget what was not sent so far. Do it on all ranks, between steps."""
         self._bound().reset_memory()
 
+    def leave(self) -> None:
+        """Forget the other ranks, and a step that was begun: the number of ranks is about to change."""
+        self._forget_step()
+        self._bound().leave()
+
     def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
-            communicator, ranks = members(self.settings.process_set, self.settings.communicator)
-            reducer.open(communicator, ranks, "gradient path", self.settings.timeout)
+            by, ranks = link(self.settings.process_set, self.settings.communicator)
+            reducer.open(by, ranks, "gradient path", self.settings.timeout)
         scaler = self.settings.grad_scaler
         if scaler is not None and not self._submitted:  # once a step, since it waits for the GPU
             self._scale = scaler.get_scale()
@@ -185,12 +194,14 @@ class GradientCompressor(Compressor):
         """The name of the parameter whose gradient this is."""
         reducer = self._bound()
         assert self._parameters is not None
-        # Gradients mostly come in one order, so the search mostly ends at once.
-        for step in range(len(self._names)):
-            place = (self._next + step) % len(self._names)
-            if self._parameters[self._names[place]].grad is tensor:
-                self._next = place + 1
-                return reducer, self._names[place]
+        # Gradients mostly come in one order, so the search is mostly over before it begins.
+        before = self._latest if self._submitted else None
+        follower = self._followers.get(before)
+        if follower is None or self._parameters[follower].grad is not tensor:
+            follower = next((name for name, p in self._parameters.items() if p.grad is tensor), None)
+        if follower is not None:
+            self._latest = self._followers[before] = follower
+            return reducer, follower
         # With sparse_as_dense=True, Horovod makes a dense copy of a sparse gradient.
         for name, p in self._parameters.items():
             grad = p.grad
@@ -200,9 +211,9 @@ class GradientCompressor(Compressor):
             if torch.equal(grad.to_dense().view(torch.uint8), tensor.view(torch.uint8)):
                 return reducer, name
         raise RuntimeError(
-            f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._names)} parameters that "
-            "this compressor knows: give the same named_parameters to Compression.… and to hvd.DistributedOptimizer, "
-            "and make a new compressor and optimizer after changing the model"
+            f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._parameters)} parameters "
+            "that this compressor knows: give the same named_parameters to Compression.… and to "
+            "hvd.DistributedOptimizer, and make a new compressor and optimizer after changing the model"
         )
 
     def _exchange(self, ticket: Tensor) -> None:
@@ -212,9 +223,15 @@ class GradientCompressor(Compressor):
         is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
         if not is_average and not is_sum:
             raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
-        divisor = size if is_average else 1
-        reduced = reducer.reduce(overflow_elsewhere=self._has_overflow())
-        self._reduced = {name: gradient.div_(divisor) for name, gradient in reduced.sums.items()}
+        self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
+        self._reduced = reducer.reduce(divisor=divisor, overflow_elsewhere=self._has_overflow()).sums
+
+    def _forget_step(self) -> None:
+        """Whatever a step that was never finished has left here."""
+        self._submitted.clear()
+        self._reduced.clear()
+        self._dense_finite.clear()
+        self._sparse.clear()
 
     def _has_overflow(self) -> bool:
         """Whether a gradient that Horovod reduces itself holds inf or NaN: then the whole step is likely skipped."""

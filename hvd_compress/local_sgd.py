@@ -17,7 +17,7 @@ from .gradient import GradientCompressor
 from .ledger import Ledger
 from .wrapped import Wrapped, checksum
 
-_STATE_KEY = "qsparse_local_sgd"
+STATE_KEY = "qsparse_local_sgd"
 
 
 def subtract(anchors: list[Tensor]) -> torch.optim.Optimizer:
@@ -180,6 +180,10 @@ class QsparseLocalSGD(Wrapped):
         """Forget what was not sent so far. Do it on all ranks."""
         self._average.reset_memory()
 
+    def leave(self) -> None:
+        """Forget the other ranks: their number is about to change."""
+        self._average.leave()
+
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under one more key the memory, x_sync and the counters.
 
@@ -195,21 +199,23 @@ class QsparseLocalSGD(Wrapped):
             "outer": self.outer.state_dict(),
             "average": self._average.state_dict(),
         }
-        return {**self.optimizer.state_dict(), _STATE_KEY: own}
+        return {**self.optimizer.state_dict(), STATE_KEY: own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on, bit for bit, where :meth:`state_dict` was taken; the model's own state is loaded by the caller.
+        """Go on, bit for bit, where :meth:`state_dict` was taken; the caller has loaded the model's own state.
+
+        What :func:`hvd_compress.resize` has made of other ranks' states is loaded like this, too.
 
         Raises:
             ValueError: it is not a state of this class, or of another model, rank, number of ranks or
                 ``sync_every``; nothing of the exchange's state has changed then.
         """
         state = dict(state_dict)
-        if _STATE_KEY not in state:
+        if STATE_KEY not in state:
             raise ValueError(
                 "this is a plain optimizer's state: load it into the wrapped optimizer (….optimizer.load_state_dict)"
             )
-        own = state.pop(_STATE_KEY)
+        own = state.pop(STATE_KEY)
         if not callable(self.sync_every) and own["sync_every"] not in (None, self.sync_every):
             raise ValueError(f"the state was saved with sync_every={own['sync_every']}, this is {self.sync_every}")
         saved = own["anchors"]
@@ -226,6 +232,8 @@ class QsparseLocalSGD(Wrapped):
         starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}
         self._starts = {**self._anchors, **starts}
         self._local_steps, self._steps, self._lr = own["local_steps"], own["steps"], own["lr"]
+        if self._steps and not self._local_steps:
+            self._set_parameters(self._starts)  # which other ranks' parameters need not be
 
     def _begin(self) -> None:
         """Take x_0, which is final only now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import horovod.torch as hvd
@@ -31,6 +32,25 @@ def members(
     """
     from .exchange import check_world
 
+    ranks = _taking_part(process_set).ranks
+    return check_world(communicator, hvd.rank(), hvd.size()), list(ranks or ())
+
+
+def link(
+    process_set: hvd.ProcessSet | None, communicator: MPI.Intracomm | None
+) -> tuple[MPI.Intracomm | hvd.ProcessSet, list[int]]:
+    """What the ranks that reduce together exchange messages by, and these ranks.
+
+    It is what :func:`members` returns, or the process set itself where Horovod runs without MPI. The arguments and
+    errors are those of :func:`members`.
+    """
+    if communicator is None and hvd.is_initialized() and not hvd.mpi_enabled():
+        taking_part = _taking_part(process_set)
+        return taking_part, list(taking_part.ranks or ())
+    return members(process_set, communicator)
+
+
+def _taking_part(process_set: hvd.ProcessSet | None) -> hvd.ProcessSet:
     if not hvd.is_initialized():
         raise RuntimeError("call hvd.init() before the first step")
     if process_set is None:
@@ -45,7 +65,7 @@ def members(
         raise ValueError(f"{process_set} is not registered with Horovod: see hvd.init(process_sets=…)")
     if hvd.rank() not in process_set.ranks:
         raise ValueError(f"rank {hvd.rank()} is not in {process_set}, so it must not use this compressor")
-    return check_world(communicator, hvd.rank(), hvd.size()), list(process_set.ranks)
+    return process_set
 
 
 def _process_sets() -> dict[int, list[int]]:
@@ -74,3 +94,31 @@ def check_named_parameters(
     if twice:
         raise ValueError(f"parameter names must be unique, these are not: {', '.join(twice)}")
     return dict(pairs)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One rank's part in a change of the number of ranks.
+
+    Old and new ranks lie side by side on two lines of the same length; a new one follows those that it overlaps.
+    """
+
+    rank: int
+    size: int  # of the new world
+    before: int  # number of ranks of the old world
+    predecessors: tuple[int, ...]  # ranks of the old world
+    weights: tuple[int, ...]  # of the predecessors; their sum is ``before``
+
+    @classmethod
+    def of(cls, rank: int, size: int, before: int) -> Change:
+        """That of the rank ``rank`` of ``size``, after a world of ``before`` ranks."""
+        overlaps = {
+            old: min((rank + 1) * before, (old + 1) * size) - max(rank * before, old * size) for old in range(before)
+        }
+        taken = {old: overlap for old, overlap in overlaps.items() if overlap > 0}
+        return cls(rank, size, before, tuple(taken), tuple(taken.values()))
+
+    @property
+    def nearest(self) -> int:
+        """The place in ``predecessors`` of the one with the largest weight, the first of them."""
+        return self.weights.index(max(self.weights))

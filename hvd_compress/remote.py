@@ -226,7 +226,10 @@ class RemoteModel(Sender):
 
     def _end_of_program(self) -> None:
         """MPI must not end under a running thread, nor this rank while others wait for it."""
+        from mpi4py import MPI
+
         assert self._service is not None
+        assert self._communicator is not None
         if self._over is None and not hasattr(sys, "last_value"):  # which is set after an uncaught exception
             error = RuntimeError(
                 "the program ended without AsyncQsparseLocalSGD.finish(), so this rank has not the master model, "
@@ -235,4 +238,6 @@ class RemoteModel(Sender):
             )
             self.fail(error)
             sys.excepthook(RuntimeError, error, None)
+            if not MPI.Is_finalized():  # if all ranks have forgotten it: the exit status must tell
+                self._communicator.Abort(1)
         self._service.stop()

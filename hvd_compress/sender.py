@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
 
 from . import wire
 from .errors import RankMismatchError
+from .horovod_exchange import HorovodExchange, agree
 from .ledger import Ledger
 from .memory import Memory
 from .operators import Operator, working_dtype
@@ -23,7 +25,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job 
     from mpi4py import MPI
 
 
-_STATE_FORMAT = 1
+_STATE_FORMAT = 2
 ALIKE, AFTER = -1, -2  # in place of a rank: draws that are the same on all, before and after the exchange
 
 
@@ -103,10 +105,14 @@ class Sender:
         The tensor is given up: what it holds is not defined from now on, and its storage may be that of a result.
         """
         try:
-            self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
-            self._pending[name] = self._compress(name, tensor)
+            with self._ledger.timed("compress"):
+                self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
+                self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
-            self._failure = self._failure or error
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
 
     def state_dict(self) -> dict[str, Any]:
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
@@ -124,6 +130,8 @@ class Sender:
             "rank": rank,
             "size": size,
             "memory": self._memory.state_dict(),
+            "rows": list(self._memory.rows),
+            "op": "Average",
             "schedule": self._schedule.state_dict(),
             "ledger": self._ledger.state_dict(),
         }
@@ -150,6 +158,7 @@ class Sender:
             raise ValueError(
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
             )
+        self._drop()
         self._memory.load_state_dict(state["memory"])
         self._schedule.load_state_dict(state["schedule"])
         self._ledger.load_state_dict(state["ledger"])
@@ -172,20 +181,37 @@ class Sender:
         from .exchange import abort_on_uncaught_exception, rendezvous
 
         here = (ranks.index(communicator.Get_rank()), len(ranks))
-        origin = "a state of its own, or none"
-        if self._saved_as not in (None, here):
-            saver = f"rank {self._saved_as[0]} of {self._saved_as[1]}"
-            origin = (
-                f"the state saved by {saver}, being rank {here[0]} of {here[1]} "
-                "(each rank loads its own file, and as many ranks resume as have saved)"
-            )
-        private, sent = rendezvous(communicator, ranks, self._statement(origin, expects), timeout)
-        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
-            raise RankMismatchError(f"this rank has {origin}")
+        private, sent = rendezvous(communicator, ranks, self._statement(self._origin(here), expects), timeout)
+        self._settle(here)
         abort_on_uncaught_exception(private)
-        self._place = here
         self._ledger.shared.mpi += sent
         return private
+
+    def _meet_through_horovod(
+        self, process_set: hvd.ProcessSet, ranks: Sequence[int], expects: str
+    ) -> HorovodExchange:
+        """The same where Horovod runs without MPI."""
+        exchange = HorovodExchange(process_set)
+        here = (exchange.rank, exchange.size)
+        agree(exchange, ranks, self._statement(self._origin(here), expects))
+        self._settle(here)
+        self._ledger.shared.horovod += exchange.sent
+        return exchange
+
+    def _origin(self, here: tuple[int, int]) -> str:
+        """Whose state was loaded, if it was not this rank's."""
+        if self._saved_as is None or self._saved_as == here:
+            return "a state of its own, or none"
+        rank, size = self._saved_as
+        return (
+            f"the state saved by rank {rank} of {size}, being rank {here[0]} of {here[1]} (each rank loads its own "
+            "file, and as many ranks resume as have saved, or hvd_compress.resize comes between)"
+        )
+
+    def _settle(self, here: tuple[int, int]) -> None:
+        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
+            raise RankMismatchError(f"this rank has {self._origin(here)}")
+        self._place = here
 
     def _statement(self, *expects: str) -> str:
         shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
@@ -200,6 +226,11 @@ class Sender:
                 *shapes,
             ]
         )
+
+    def _drop(self) -> None:
+        """Forget what was added for an exchange that never came about."""
+        self._rollback(self._pending)
+        self._pending, self._failure, self._energies = {}, None, {}
 
     def _take(self) -> tuple[dict[str, Pending], Exception | None]:
         """What was added since the last time, in the order that is the same on all ranks, or why it was not."""

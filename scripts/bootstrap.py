@@ -37,6 +37,7 @@ if sys.version_info[:2] < OLDEST_PYTHON:  # before anything that an old Python c
     )
 
 import build_horovod as horovod  # noqa: E402
+import gently  # noqa: E402
 from build_horovod import GIB, BuildError, Progress  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,7 +311,7 @@ def main() -> None:
         if not command:
             print(shlex.join(launch))
         else:
-            os.execvp(launch[0], launch)
+            sys.exit(gently.run(launch))
         return
 
     # They would lead the environment's Python to packages elsewhere; clusters' modules like to set them.

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from models import Vectors, gradient
+from models import Vectors, assert_replicas_identical, gradient
+from test_wire import mutated
 from torch import Tensor
 from world import RankFailedError, World, launch
 
 from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError, WireError
-from hvd_compress.operators import Operator, TopK
+from hvd_compress.ledger import Ledger
+from hvd_compress.memory import Residual
+from hvd_compress.operators import QSGD, Operator, TopK, compose
+from hvd_compress.reducer import Reducer
 from hvd_compress.wire import Message
 
 SHAPES = {"small": (9,), "wide": (30, 40), "long": (5000,)}
@@ -41,13 +46,48 @@ def unequal_buffers() -> None:
 
     exchange = Exchange(MPI.COMM_WORLD.Dup())
     sent = 0
-    for round in range(20):
+    last, spread, expected = [-1, -1], [0, 0], [0, 0]  # by place
+    for round in range(40):
+        place = round % 2
         lengths = [(7 * r * r + round) % 11 * 1000 * (round % 3) for r in range(exchange.size)]
         buffers = [np.full(n, 17 * r + round, np.uint8) for r, n in enumerate(lengths)]
-        received = exchange.allgatherv(buffers[exchange.rank])
+        received = exchange.allgatherv(buffers[exchange.rank], place)
         assert all(np.array_equal(a, b) for a, b in zip(received, buffers, strict=True))
-        sent += lengths[exchange.rank] + 8
+        own = lengths[exchange.rank]
+        sent += 8 + max(own, expected[place])
+        if last[place] >= 0:
+            spread[place] = min(max(abs(own - last[place]), spread[place] * 7 // 8), own // 64)
+        last[place], expected[place] = own, own + 2 * spread[place]
     assert exchange.sent == sent
+
+
+def one_collective_when_lengths_stay() -> None:
+    from mpi4py import MPI
+
+    from hvd_compress.exchange import Exchange
+
+    counting = Counting(MPI.COMM_WORLD.Dup())
+    exchange = Exchange(counting)  # type: ignore[arg-type]
+    for round in range(6):
+        data = np.full(10_000 + 3 * round, round, np.uint8)  # a little longer each time
+        for rank, received in enumerate(exchange.allgatherv(data)):
+            assert np.array_equal(received, data), rank
+        # The first time nothing is known of lengths, the second time nothing of how they change.
+        assert counting.calls["Iallgatherv"] == [2, 4, 5, 6, 7, 8][round]
+    assert exchange.sent == 6 * 8 + sum(10_000 + 3 * round for round in range(6)) + 4 * 3  # two changes, less one
+    data = np.zeros(20_000, np.uint8) if exchange.rank == 0 else data
+    lengths = [len(received) for received in exchange.allgatherv(data)]
+    assert lengths == [20_000] + [10_015] * (exchange.size - 1)
+    assert counting.calls["Iallgatherv"] == 10  # what one rank has in excess takes another
+    for _ in range(60):
+        sent = exchange.sent
+        exchange.allgatherv(data)
+    assert exchange.sent == sent + 8 + len(data)  # what stays the same needs no more than its length
+
+
+@pytest.mark.ranks(1, 3)
+def test_lengths_take_no_round_trip_of_their_own(world: World) -> None:
+    world.run(one_collective_when_lengths_stay)
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
@@ -63,7 +103,8 @@ class Counting:
 
     def __init__(self, communicator: Any, counts: dict[str, int] | None = None) -> None:
         self._communicator = communicator
-        self.counts = {} if counts is None else counts
+        self.counts = {} if counts is None else counts  # bytes by name
+        self.calls: dict[str, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         original = getattr(self._communicator, name)
@@ -74,9 +115,10 @@ class Counting:
             result = original(*arguments, **options)
             if name in ("Create_group", "Dup", "Split"):
                 return Counting(result, self.counts)
-            if name in ("Isend", "Allgather", "Allgatherv"):
+            if name in ("Isend", "Iallgatherv"):
                 self.counts[name] = self.counts.get(name, 0) + np.asarray(arguments[0]).nbytes
-            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier")):
+                self.calls[name] = self.calls.get(name, 0) + 1
+            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier", "Improbe")):
                 raise AssertionError(f"{name} is not counted")
             return result
 
@@ -105,7 +147,6 @@ def ledger_equals_mpi(path: str) -> tuple[int, int]:
         model(gradients(hvd.rank(), step)).backward()
         optimizer.step()
     assert ledger.total.mpi == sum(counting.counts.values()) > 0
-    assert counting.counts["Allgather"] == 8 * ledger.exchanges
     # Tickets of two floats, the small tensor through Horovod; or all through MPI.
     assert ledger.total.horovod == (6 * (2 * 8 + 9 * 4) if path == "gradient" else 0)
     assert ledger.total.dense == 6 * 4 * (9 + 1200 + 5000)
@@ -296,18 +337,22 @@ def test_an_operator_that_fails_on_one_rank_raises_on_all(world: World, path: st
 
 
 class Damaging(Counting):
-    """Flips a bit of what the second rank receives."""
+    """Flips a bit of what the last rank has sent."""
 
     def __getattr__(self, name: str) -> Any:
         original = getattr(self._communicator, name)
         if name == "Create_group":
             return lambda group: Damaging(original(group))
-        if name != "Allgatherv":
+        if name != "Iallgatherv":
             return original
 
-        def gather(buffer: Any, into: Any) -> None:
-            original(buffer, into)
-            into[0][-1] ^= 1
+        def gather(buffer: Any, into: Any) -> Any:
+            request = original(buffer, into)
+            request.Wait()
+            if len(into[0]) > 8 * self._communicator.Get_size():  # not the lengths
+                gathered, lengths, starts, _ = into
+                gathered[starts[-1] + lengths[-1] - 1] ^= 1
+            return request
 
         return gather
 
@@ -327,6 +372,66 @@ def damaged() -> None:
 @pytest.mark.ranks(2)
 def test_a_damaged_message(world: World) -> None:
     world.run(damaged)
+
+
+class Mutating:
+    """An exchange whose second rank sends something else than it should."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+        self.random = random.Random(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._exchange, name)
+
+    def allgatherv(self, buffer: Any, place: int) -> Any:
+        if hvd.rank() == 1 and self.random.random() < 0.5:
+            changed = bytearray(buffer.tobytes())
+            buffer = np.frombuffer(mutated(changed, self.random), np.uint8).copy()
+        return self._exchange.allgatherv(buffer, place)
+
+
+def a_peer_sends_anything(rounds: int) -> list[str]:
+    """What became of each exchange on this rank, and of the memory."""
+    from mpi4py import MPI
+
+    shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
+    reducer = Reducer(
+        shapes,
+        operator=compose(TopK(k=40), QSGD(bits=4, norm="max")),
+        memory=Residual(),
+        dense_below=10,
+        bucket_cap_mb=0.01,  # two buckets
+        seed=0,
+        ledger=Ledger(),
+    )
+    reducer.open(MPI.COMM_WORLD, range(hvd.size()), "fuzz", timeout=300)
+    reducer._exchange = Mutating(reducer._exchange)  # type: ignore[assignment]
+    outcomes = []
+    for step in range(rounds):
+        before = reducer.state_dict()["memory"]
+        for name, tensor in gradients(hvd.rank(), step).items():
+            reducer.add(name, tensor)
+        try:
+            reduced = reducer.reduce()
+        except (WireError, RankMismatchError, PeerError) as error:
+            outcomes.append(type(error).__name__)
+            after = reducer.state_dict()["memory"]
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[name], after[name]) for name in before)
+        else:
+            assert_replicas_identical(list(reduced.sums.values()))
+            outcomes.append("overflow" if reduced.overflow else "sums")
+    return outcomes
+
+
+@pytest.mark.ranks(3)
+def test_a_peer_that_sends_anything(world: World) -> None:
+    """Mutated packets with a right checksum, through real exchanges: all ranks come to the same end."""
+    first, *others = world.run(a_peer_sends_anything, 400)
+    assert all(other == first for other in others)
+    assert first.count("WireError") > 200
+    assert first.count("sums") > 50
 
 
 # Whole jobs
@@ -355,6 +460,42 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback() -> None:
     assert ended.returncode != 0
     assert "KeyError: 'only here'" in ended.stdout
     assert "rank 2 failed with KeyError; ending the job" in ended.stdout
+
+
+LOCAL = """
+import torch, horovod.torch as hvd
+from hvd_compress import Compression, QsparseLocalSGD
+hvd.init()
+model = torch.nn.Linear(50, 50)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+optimizer = QsparseLocalSGD(
+    torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(),
+    compression=Compression.topk(ratio=0.1, timeout=2.0), sync_every=2)
+def step():
+    optimizer.zero_grad()
+    model(torch.randn(4, 50)).square().sum().backward()
+    optimizer.step()
+step(); step()
+def evaluate():
+    import time
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "texts"),
+    [
+        ("evaluate()", ["rank(s) 1 did not come to exchange 2", "in evaluate"]),
+        ("raise SystemExit", ["rank 1 ends the job: its program has ended, and exchange 2 of rank(s)"]),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["signal 9"]),
+    ],
+    ids=["hangs", "exits", "is killed"],
+)
+def test_a_rank_that_does_not_come_ends_the_job(wrong: str, texts: list[str]) -> None:
+    ended = launch(3, LOCAL + f"if hvd.rank() == 1: {wrong}\nfor _ in range(50): step()\nprint('the end')")
+    assert ended.returncode != 0
+    assert "the end" not in ended.stdout
+    assert all(text in ended.stdout for text in texts), ended.stdout
 
 
 def test_ranks_that_all_raise_each_say_why() -> None:

@@ -72,10 +72,12 @@ class _AbortingHook:
             traceback.print_exception(kind, error, trace)
         sys.stdout.flush()
         sys.stderr.flush()
+        if MPI.Is_finalized():  # by Horovod, which ends on all ranks when one rank's program does
+            return
         everyone_failed = self._communicator.Ibarrier()
         deadline = time.monotonic() + _GRACE_SECONDS
         while time.monotonic() < deadline:
-            if everyone_failed.Test():
+            if MPI.Is_finalized() or everyone_failed.Test():
                 return
             time.sleep(0.01)
         rank = self._communicator.Get_rank()

@@ -60,7 +60,8 @@ def rendezvous(
     private = communicator.Create_group(communicator.Get_group().Incl(ranks))
     differing = np.flatnonzero(verdict == _OTHER).tolist()
     if differing:
-        raise RankMismatchError(_difference(private, ranks, statement, differing))
+        first, second = (_broadcast(private, statement, root) for root in (0, differing[0]))
+        raise RankMismatchError.between(ranks[0], first, [ranks[place] for place in differing], second)
     return private, sent
 
 
@@ -104,16 +105,6 @@ def _absence(absent: list[int], timeout: float) -> str:
         "work (see their output), or they do not take part: then give process_set=… to the compressor too. A slow "
         "start needs a larger timeout=…"
     )
-
-
-def _difference(communicator: MPI.Intracomm, ranks: Sequence[int], mine: str, differing: list[int]) -> str:
-    """Text that names two ranks and the first line in which their statements differ; the same on every rank."""
-    first, second = (_broadcast(communicator, mine, root) for root in (0, differing[0]))
-    pairs = zip((first + "\n(nothing)").split("\n"), (second + "\n(nothing)").split("\n"), strict=False)
-    left, right = next(((a, b) for a, b in pairs if a != b), ("", ""))
-    a, b = ranks[0], ranks[differing[0]]
-    more = f" (nor do ranks {', '.join(str(ranks[r]) for r in differing[1:])})" if differing[1:] else ""
-    return f"rank {a} and rank {b} do not agree{more}. Rank {a} has: {left}. Rank {b} has: {right}."
 
 
 def _broadcast(communicator: MPI.Intracomm, text: str, root: int) -> str:

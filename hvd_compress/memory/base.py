@@ -9,6 +9,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+MASS = "mass"  # what is still to be sent
+ESTIMATE = "estimate"  # of something of this rank's own, such as its gradient
+TOTAL = "total"  # the sum of all ranks' estimates, the same on all ranks
+COMMON = "common"  # the same on all ranks, however many there are
+
 
 class Sent(Protocol):
     """The part of a message that a memory needs."""
@@ -34,6 +39,17 @@ class Memory(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+    @property
+    def receives(self) -> bool:
+        """Whether :meth:`receive` does anything."""
+        return type(self).receive is not Memory.receive
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """What each vector of a parameter's memory is: :data:`MASS`, :data:`ESTIMATE`, :data:`TOTAL` or
+        :data:`COMMON`. It says what becomes of them when the number of ranks changes."""
+        return (MASS,)
 
     @abstractmethod
     def compensate(self, name: str, tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .base import Memory, Sent
+from .base import MASS, Memory, Sent
 
 
 class DGC(Memory):
@@ -58,6 +58,11 @@ class DGC(Memory):
     def __repr__(self) -> str:
         settings = f"nesterov={self._nesterov}, masking={self._masking}, clip={self._clip}"
         return f"DGC(momentum={self._momentum}, {settings})"
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """u and v."""
+        return (MASS, MASS)
 
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
         """v, with this step's velocity."""

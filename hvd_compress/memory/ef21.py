@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..operators import Operator
-from .base import Memory, Sent
+from .base import COMMON, ESTIMATE, TOTAL, Memory, Sent
 
 
 class EF21(Memory):
@@ -43,6 +43,11 @@ class EF21(Memory):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(momentum={self._momentum})"
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """g, G, and v if there is momentum."""
+        return (ESTIMATE, TOTAL, ESTIMATE) if self._momentum else (ESTIMATE, TOTAL)
 
     def compensate(self, name: str, tensor: Tensor) -> Tensor:
         """v − g."""
@@ -116,6 +121,11 @@ class TwoSided(EF21):
 
     def __repr__(self) -> str:
         return f"TwoSided({self._operator!r}, momentum={self._momentum})"
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Those of :class:`EF21`, and G̃."""
+        return (*super().rows, COMMON)
 
     def receive(self, name: str, total: Tensor, world_size: int, draws: Callable[[], torch.Generator]) -> Tensor:
         """G̃, with this exchange's corrections, times the number of ranks."""

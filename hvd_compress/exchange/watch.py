@@ -1,0 +1,204 @@
+"""No rank waits for ever: who waits too long finds out who is missing, and ends the job with their names."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+import weakref
+from typing import Any, NoReturn
+
+import numpy as np
+from mpi4py import MPI
+
+from ..errors import PeerError
+
+_LOOK_SECONDS = 1.0  # between two looks at what the others ask; each costs some microseconds
+_ANSWER_SECONDS = 5.0  # in which a rank that is alive answers, whatever its program does
+_ASK, _TELL, _GONE = range(3)
+
+logger = logging.getLogger(__name__)
+
+
+class Watch:
+    """Ends the job when this rank has waited too long in an exchange to which others have not come.
+
+    A collective operation that has begun cannot be given up, so an exception would not help. Each rank has a thread
+    that answers the question where its program is. Who has waited for ``timeout`` seconds asks all others, prints who
+    has not come to the exchange, and where their programs are instead, and aborts. A rank whose program has ended
+    without it says so, and is not waited for that long. While all are in the exchange, nobody is missing: then a
+    network is slow, and the rank waits on. Collective.
+
+    Args:
+        communicator: of the ranks; a copy is made.
+        timeout: seconds.
+    """
+
+    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
+        self._watcher = _Watcher(communicator.Dup(), timeout)
+        if communicator.Get_size() > 1:
+            self._watcher.start()
+            weakref.finalize(self, self._watcher.retire).atexit = False  # where leave() comes
+
+    def begin(self) -> None:
+        """This rank has come to an exchange; again is as good as once.
+
+        Raises:
+            PeerError: another rank's program has ended, and MPI with it.
+        """
+        if MPI.Is_finalized():
+            raise PeerError("the program of another rank has ended, and MPI with it, while this one goes on")
+        self._watcher.since = time.monotonic()
+
+    def end(self) -> None:
+        """The exchange is over, however it ended."""
+        self._watcher.done += 1
+        self._watcher.since = None
+
+
+class _Watcher:
+    """The thread's side, which lives on until the program has no more use for the exchange."""
+
+    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
+        # Configuration
+        self._communicator = communicator
+        self._rank = communicator.Get_rank()
+        self._others = [rank for rank in range(communicator.Get_size()) if rank != self._rank]
+        self._timeout = timeout
+        # State. The program writes the first two, the thread reads them.
+        self.since: float | None = None  # when this rank has come to an exchange, if it is in one
+        self.done = 0  # exchanges
+        self._stopped = threading.Event()
+        self._asked: float | None = None
+        self._told: dict[int, dict[str, Any]] = {}
+        self._gone: dict[int, dict[str, Any]] = {}
+        self._quiet_until = 0.0  # while another rank is asking
+        self._outgoing: list[tuple[MPI.Request, Any]] = []
+        self._thread = threading.Thread(target=self._run, name="hvd_compress watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+        atexit.register(self.leave)
+
+    def retire(self) -> None:
+        """This rank comes to no more exchanges: tell the others, who may wait for it."""
+        atexit.unregister(self.leave)
+        self._stopped.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        if not MPI.Is_finalized():
+            for rank in self._others:
+                self._send(rank, _GONE, self._place())
+
+    def leave(self) -> None:
+        """The same at the end of the program, which goes on ending once no other rank waits for this one.
+
+        It would take MPI with it, on all ranks, if that was started by Horovod.
+        """
+        self.retire()
+        self._told = {}
+        deadline = time.monotonic() + _ANSWER_SECONDS
+        while not {*self._told, *self._gone} >= {*self._others} and time.monotonic() < deadline:
+            if MPI.Is_finalized():
+                return
+            self._receive()
+            time.sleep(0.002)
+        waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
+        if waiting:
+            ranks = _list(waiting)
+            self._end_job(f"its program has ended, and exchange {self.done + 1} of rank(s) {ranks} waits for it")
+
+    def _run(self) -> None:
+        while not self._stopped.wait(_LOOK_SECONDS):
+            if not MPI.Is_finalized():
+                self._receive()
+                self._look(time.monotonic())
+            elif self.since is not None:  # a Horovod that started MPI ends it as soon as one rank's program ends
+                self._say(f"exchange {self.done + 1} waits for a rank whose program has ended, and MPI with it")
+                os._exit(1)
+
+    def _receive(self) -> None:
+        status = MPI.Status()
+        while (message := self._communicator.Improbe(status=status)) is not None:
+            data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
+            message.Recv([data, MPI.BYTE])
+            what, rank = json.loads(data.tobytes()), status.Get_source()
+            if status.Get_tag() == _ASK:
+                self._send(rank, _TELL, self._place())
+                if rank < self._rank:
+                    self._quiet_until = time.monotonic() + 2 * _ANSWER_SECONDS  # it will say it for both
+            elif status.Get_tag() == _TELL:
+                self._told[rank] = what
+            else:
+                self._gone[rank] = {**what, "at": time.monotonic()}
+                self._send(rank, _TELL, self._place())
+
+    def _look(self, now: float) -> None:
+        since, done = self.since, self.done
+        if since is None:
+            self._asked = None
+            return
+        ended = [rank for rank, told in self._gone.items() if told["done"] <= done]
+        if ended and now - max(since, *(self._gone[rank]["at"] for rank in ended)) > _ANSWER_SECONDS:
+            self._end_job(f"the program of rank(s) {_list(ended)} has ended, and exchange {done + 1} waits for them")
+        if self._asked is None:
+            if now - since > self._timeout and now > self._quiet_until:
+                self._asked, self._told = now, {}
+                for rank in self._others:
+                    self._send(rank, _ASK, self._place())
+            return
+        if len(self._told) < len(self._others) and now - self._asked < _ANSWER_SECONDS:
+            return
+        absent = {rank: told for rank, told in self._told.items() if told["done"] <= done and not told["waits"]}
+        silent = [rank for rank in self._others if rank not in self._told]
+        if (self.since, self.done) == (since, done) and (absent or silent):
+            self._end_job(self._verdict(now - since, absent, silent))
+        logger.warning("waiting since %.0f s in exchange %d, to which all ranks have come", now - since, done + 1)
+        self._asked, self._quiet_until = None, now + self._timeout
+
+    def _place(self) -> dict[str, Any]:
+        return {"done": self.done, "waits": self.since is not None, "stack": _stack()}
+
+    def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
+        missing = sorted([*absent, *silent])
+        lines = [
+            f"rank(s) {_list(missing)} did not come to exchange {self.done + 1} within {waited:.0f} s "
+            f"(timeout={self._timeout:g}; a larger one helps if they are only slow)"
+        ]
+        lines += [f"Rank {rank} is here:\n{told['stack']}" for rank, told in sorted(absent.items())]
+        if silent:
+            lines += [
+                f"Rank(s) {_list(silent)} do not answer: their node is lost, or they are stopped, or hang outside of "
+                "Python."
+            ]
+        return "\n".join(lines)
+
+    def _end_job(self, why: str) -> NoReturn:
+        self._say(why)
+        self._communicator.Abort(1)
+        raise SystemExit  # Abort does not return
+
+    def _say(self, why: str) -> None:
+        sys.stdout.flush()
+        print(f"hvd_compress: rank {self._rank} ends the job: {why}", file=sys.stderr, flush=True)
+
+    def _send(self, rank: int, tag: int, what: dict[str, Any]) -> None:
+        self._outgoing = [(request, data) for request, data in self._outgoing if not request.Test()]
+        data = np.frombuffer(json.dumps(what).encode(), np.uint8).copy()
+        self._outgoing.append((self._communicator.Isend([data, MPI.BYTE], dest=rank, tag=tag), data))
+
+
+def _stack() -> str:
+    """Where the program is; not this thread."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return "".join(traceback.format_stack(frame)).rstrip() if frame else "(at its end)"
+
+
+def _list(ranks: list[int]) -> str:
+    return ", ".join(map(str, sorted(ranks)))
