@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 RANKS = {"resnet": 4}
 BITS = (2, 3, 4)
 LAST = 5  # looks at the test images that a result is the mean of
-MEASURE_EVERY = 40  # steps
+MEASUREMENTS = 4  # of the noise, in a run
 
 SETTINGS: dict[str, Any] = {"steps": 160, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "evaluate_every": 8}
 
@@ -98,7 +98,7 @@ def train_case(case: Case, images: Images) -> Run:
         nonlocal steps
         steps = step
         slower(step)
-        if step % MEASURE_EVERY == 0:
+        if step % (case["steps"] // MEASUREMENTS) == 0:
             own = own_gradients(model, images, case["batch_size"], step)
             for name, bits in operators():
                 errors[f"{name}, {bits}"].append(relative_error(OPERATORS[name](bits), own, step))
