@@ -237,7 +237,7 @@ def spread(values: Iterable[float], form: str) -> str:
     """Mean ± standard deviation; a mean alone for a single value."""
     values = list(values)
     text = f"{mean(values):{form}}"
-    return f"{text} ± {stdev(values):{form}}" if len(values) > 1 else text
+    return f"{text} ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else text
 
 
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
