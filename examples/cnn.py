@@ -84,7 +84,7 @@ def main() -> None:
         right = torch.cat([model(part).argmax(1) for part in test_images.split(256)]) == test_labels
     accuracy = float(hvd.allreduce(right.float().mean(), name="accuracy"))
     if hvd.rank() == 0:
-        print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last; accuracy {accuracy:.1%}")
+        print(f"loss {losses[0]:.2f} at first, {sum(losses[-5:]) / 5:.2f} at last; accuracy {accuracy:.1%}")
         if settings:  # Horovod's own compressors count nothing
             print(compression.ledger.total)
 
@@ -97,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.01, help="of those that select elements (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="of each rank (%(default)s)")
-    parser.add_argument("--lr", type=float, default=0.05, help="(%(default)s)")
+    parser.add_argument("--lr", type=float, default=0.01, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     return parser.parse_args()
 

@@ -128,7 +128,7 @@ def report(runs: list[Run]) -> dict[str, str]:
                     [operator, *(_cell(_of(of_part, operator, mode, period), target, plain) for period in periods)]
                     for operator in OPERATORS
                 ]
-                heading = [f"kB until {target:.0%} error", *(f"H = {h}" for h in periods)]
+                heading = [f"kB until {target:.0%} error, {mode}", *(f"H = {h}" for h in periods)]
                 tables[f"{part} {mode} {target:.0%}"] = markdown(heading, [row for row in rows if any(row[1:])])
         rows = []
         for operator in OPERATORS:
