@@ -227,7 +227,7 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
            "on from there (OUTPUT/checkpoint)", type=Path)  # fmt: skip
     option("--no-checkpoint", False, "save none: an interrupted run is lost", action="store_true")
     option("--checkpoint-every", 500, "steps, in case that a node fails", type=positive)
-    option("--resume", "auto", "auto: go on from the newest checkpoint, if any; never: delete it and begin anew",
+    option("--resume", "auto", "auto: go on from the newest checkpoint, if any; never: delete them and begin anew",
            choices=["auto", "never"])  # fmt: skip
     option("--evaluate", None, "train nothing: validate these weights, a run's best.pt for instance", type=Path)
     return parser, defaults
