@@ -372,6 +372,19 @@ class TestModel:
             assert all(p.grad is not None and p.grad.is_contiguous() for p in model.parameters())
 
 
+def test_time_within_time_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 4.0, 10.0, 20.0, 25.0])
+    monkeypatch.setattr("hvd_compress.ledger.time.perf_counter", lambda: next(clock))
+    ledger = Ledger()
+    with ledger.timed("compress"), ledger.timed("exchange"):
+        pass
+    assert dict(ledger.seconds) == {"exchange": 3.0, "compress": 7.0}
+    with pytest.raises(OSError, match="lost"), ledger.timed("exchange"):
+        raise OSError("lost")
+    assert ledger.seconds["exchange"] == 8.0
+    assert "seconds" not in ledger.state_dict(), "a resumed run has the same bytes, and other times"
+
+
 def batch_norm_statistics(tensors: dict[str, list[torch.Tensor]]) -> None:
     """The average is the statistics of all images of all ranks together, as far as each rank has as many."""
     module = example("imagenet_model")
@@ -493,6 +506,8 @@ class TestKilled:
         same = ("epoch", "train_loss", "val_loss", "accuracy", "lr", "exchanges")
         one, other = ([[epoch[key] for key in same] for epoch in metrics(d)] for d in (at_once, twice))
         assert one == other
+        for kind in ("input", "compute", "compress", "exchange"):
+            assert all(epoch[f"seconds_{kind}"] > 0 for epoch in metrics(at_once)), kind
         assert (twice / "config.yaml").exists()
         assert list((twice / "tensorboard").rglob("events.out.*"))
         assert yaml.safe_load((twice / "config.yaml").read_text())["accumulate"] == 2
