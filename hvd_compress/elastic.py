@@ -30,7 +30,7 @@ from .gradient import GradientCompressor
 from .local_sgd import STATE_KEY, QsparseLocalSGD
 from .membership import Change
 from .memory import ESTIMATE, MASS
-from .resize import resize
+from .resizing import resize
 
 
 class MemoryHandler(StateHandler):
