@@ -37,6 +37,7 @@ class CompressedAverage:
             operator=settings.operator,
             memory=settings.memory(),
             dense_below=settings.dense_below,
+            bucket_cap_mb=settings.bucket_cap_mb,
             seed=settings.seed,
             ledger=self.ledger,
         )
@@ -67,15 +68,14 @@ class CompressedAverage:
         """
         for name, tensor in moved.items():
             self._reducer.add(name, tensor)
-        reduced = self._reducer.reduce(step)
+        reduced = self._reducer.reduce(step, divisor=self._reducer.size)
         if reduced.overflow:
             where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
             raise NonFiniteError(
                 f"parameters became inf or NaN: {where}. They are back at the last synchronised values; a smaller "
                 "learning rate, a longer warm-up or gradient clipping may help"
             )
-        size = self._reducer.size
-        return {n: reduced.sums[n].div_(size).view(t.shape).to(t.dtype) for n, t in moved.items()}
+        return {n: reduced.sums[n].view(t.shape).to(t.dtype) for n, t in moved.items()}
 
     def residual(self, name: str) -> Tensor | None:
         """What this rank has still to send, flat; None for nothing."""

@@ -385,6 +385,7 @@ class Compression(hvd.Compression):
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
         memory: str | Callable[[], Memory] = "residual",
         dense_below: int = 1000,
+        bucket_cap_mb: float = 25.0,
         process_set: hvd.ProcessSet | None = None,
         seed: int = 0,
         timeout: float = 600.0,
@@ -402,6 +403,8 @@ class Compression(hvd.Compression):
                 with their usual settings; or a function that makes a memory.
             dense_below: tensors with fewer elements are not compressed. Biases and normalisation layers are a
                 thousandth of a model's bytes and sensitive; 0 compresses everything.
+            bucket_cap_mb: megabytes of uncompressed float32 that make a bucket, whose message travels while the
+                backward pass goes on. Smaller ones begin earlier; each costs a collective's latency.
             process_set: the one that the optimizer was given, if it was given one.
             seed: of random operators.
             timeout: seconds that a rank waits for the others to come to an exchange, before it ends the job with the
@@ -420,7 +423,17 @@ class Compression(hvd.Compression):
             if memory not in MEMORIES:
                 raise ValueError(_unknown("memory", memory, MEMORIES))
             memory = MEMORIES[memory]
-        settings = Settings(operator, memory, dense_below, seed, timeout, process_set, communicator, grad_scaler)
+        settings = Settings(
+            operator,
+            memory,
+            dense_below=dense_below,
+            bucket_cap_mb=bucket_cap_mb,
+            seed=seed,
+            timeout=timeout,
+            process_set=process_set,
+            communicator=communicator,
+            grad_scaler=grad_scaler,
+        )
         return GradientCompressor(settings, named_parameters)
 
     @staticmethod

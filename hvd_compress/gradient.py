@@ -65,11 +65,12 @@ class GradientCompressor(Compressor):
                 operator=settings.operator,
                 memory=settings.memory(),
                 dense_below=settings.dense_below,
+                bucket_cap_mb=settings.bucket_cap_mb,
                 seed=settings.seed,
                 ledger=self.ledger,
             )
-        self._names = [] if self._parameters is None else list(reversed(self._parameters))  # as gradients arrive
-        self._next = 0  # where in _names the next gradient is expected
+        self._latest: str | None = None  # whose gradient came last in this step
+        self._followers: dict[str | None, str] = {}  # whose came next, last time
         self._submitted: set[str] = set()  # since the last decompress
         self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
@@ -193,12 +194,14 @@ class GradientCompressor(Compressor):
         """The name of the parameter whose gradient this is."""
         reducer = self._bound()
         assert self._parameters is not None
-        # Gradients mostly come in one order, so the search mostly ends at once.
-        for step in range(len(self._names)):
-            place = (self._next + step) % len(self._names)
-            if self._parameters[self._names[place]].grad is tensor:
-                self._next = place + 1
-                return reducer, self._names[place]
+        # Gradients mostly come in one order, so the search is mostly over before it begins.
+        before = self._latest if self._submitted else None
+        follower = self._followers.get(before)
+        if follower is None or self._parameters[follower].grad is not tensor:
+            follower = next((name for name, p in self._parameters.items() if p.grad is tensor), None)
+        if follower is not None:
+            self._latest = self._followers[before] = follower
+            return reducer, follower
         # With sparse_as_dense=True, Horovod makes a dense copy of a sparse gradient.
         for name, p in self._parameters.items():
             grad = p.grad
@@ -208,9 +211,9 @@ class GradientCompressor(Compressor):
             if torch.equal(grad.to_dense().view(torch.uint8), tensor.view(torch.uint8)):
                 return reducer, name
         raise RuntimeError(
-            f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._names)} parameters that "
-            "this compressor knows: give the same named_parameters to Compression.… and to hvd.DistributedOptimizer, "
-            "and make a new compressor and optimizer after changing the model"
+            f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._parameters)} parameters "
+            "that this compressor knows: give the same named_parameters to Compression.… and to "
+            "hvd.DistributedOptimizer, and make a new compressor and optimizer after changing the model"
         )
 
     def _exchange(self, ticket: Tensor) -> None:
@@ -221,8 +224,7 @@ class GradientCompressor(Compressor):
         if not is_average and not is_sum:
             raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
         self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
-        reduced = reducer.reduce(overflow_elsewhere=self._has_overflow())
-        self._reduced = {name: gradient.div_(divisor) for name, gradient in reduced.sums.items()}
+        self._reduced = reducer.reduce(divisor=divisor, overflow_elsewhere=self._has_overflow()).sums
 
     def _forget_step(self) -> None:
         """Whatever a step that was never finished has left here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,14 +33,20 @@ class HorovodExchange:
         self._process_set = process_set
         self.rank: int = process_set.rank()
         self.size: int = process_set.size()
+        self.name = "hvd_compress"  # that Horovod tells this exchange from others by
         # State
         self.sent = 0  # bytes of all tensors handed to Horovod so far
 
-    def allgatherv(self, buffer: Bytes) -> list[Bytes]:
-        """Every rank's ``buffer`` in rank order, this rank's own among them. Collective."""
+    def allgatherv(self, buffer: Bytes, place: int = 0) -> list[Bytes]:
+        """Every rank's ``buffer`` in rank order, this rank's own among them. Collective.
+
+        Args:
+            buffer: any length.
+            place: see :meth:`hvd_compress.exchange.Exchange.allgatherv`.
+        """
         length, data = torch.tensor([buffer.nbytes]), torch.from_numpy(buffer)
         handles = [
-            hvd.allgather_async(tensor, name=f"hvd_compress.{what}", process_set=self._process_set)
+            hvd.allgather_async(tensor, name=f"{self.name}.{what}.{place}", process_set=self._process_set)
             for what, tensor in (("lengths", length), ("data", data))
         ]
         self.sent += length.nbytes + data.nbytes
@@ -48,7 +55,7 @@ class HorovodExchange:
 
 
 def agree(exchange: HorovodExchange, ranks: Sequence[int], statement: str) -> None:
-    """Compare ``statement`` with all ranks'. Collective.
+    """Compare ``statement`` with all ranks', and name the exchange after it. Collective.
 
     Raises:
         RankMismatchError: on every rank, with one and the same text, if some rank has another one.
@@ -58,6 +65,7 @@ def agree(exchange: HorovodExchange, ranks: Sequence[int], statement: str) -> No
     if differing:
         others = [ranks[place] for place in differing]
         raise RankMismatchError.between(ranks[0], statements[0], others, statements[differing[0]])
+    exchange.name += "." + hashlib.sha256(statement.encode()).hexdigest()[:16]
 
 
 def _bytes(text: str) -> Bytes:

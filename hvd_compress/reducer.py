@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
@@ -13,13 +15,16 @@ from torch import Tensor
 from . import wire
 from .errors import PeerError, RankMismatchError, WireError
 from .horovod_exchange import HorovodExchange
+from .kernels import all_finite
 from .sender import AFTER, Pending, Sender
+from .side_stream import SideStream
 from .wire import Message
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
     from .exchange import Exchange, Watch
+    from .exchange.gather import Bytes
 
 
 @dataclass(frozen=True)
@@ -30,17 +35,53 @@ class Reduced:
     overflow: list[tuple[int, str]]  # rank and name of what holds inf or NaN; if there is any, no memory was updated
 
 
+@dataclass(frozen=True)
+class _Arrived:
+    """What has become of one bucket."""
+
+    shares: list[int]  # bytes that each of this rank's messages took
+    sent: int  # bytes handed to MPI
+    packets: list[wire.Packet]  # of all ranks; fewer if there is an error
+    error: Exception | None
+
+
+@dataclass(frozen=True)
+class _Departed:
+    """A bucket on its way."""
+
+    names: list[str]  # in the order of the messages
+    step: int
+    arrival: Future[_Arrived]
+
+
 class Reducer(Sender):
     """Sums named tensors over ranks by compressed messages; the result is bit-identical on every rank.
 
-    Tensors are :meth:`add`-ed in any order, which may differ between ranks, and exchanged by one :meth:`reduce`.
-    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes. Its
-    arguments are those of :class:`Sender`.
+    Tensors are :meth:`add`-ed in any order, which may differ between ranks, and summed by one :meth:`reduce`. They
+    travel in *buckets* of neighbours, one packet each, from the last tensor to the first, as a backward pass makes
+    gradients. A bucket departs in a thread of its own, as soon as its tensors are there and the bucket before it has
+    departed; the last one with :meth:`reduce`. Which tensors share a bucket changes no bit of the sums.
+
+    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes.
+
+    Args:
+        shapes: see :class:`Sender`, as for the other arguments.
+        bucket_cap_mb: a bucket is full when its tensors have so many megabytes (10^6 bytes of float32) or more.
     """
 
-    # State
-    _exchange: Exchange | HorovodExchange | None = None
-    _watch: Watch | None = None
+    def __init__(self, shapes: Mapping[str, torch.Size], *, bucket_cap_mb: float, **options: Any) -> None:
+        super().__init__(shapes, **options)
+        # Configuration
+        self._buckets = list(_buckets(shapes, bucket_cap_mb))
+        # State
+        self._exchange: Exchange | HorovodExchange | None = None
+        self._watch: Watch | None = None
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hvd_compress exchange")
+        self._side_stream = SideStream()
+        self._awaited = [set(names) for names in self._buckets]  # what came last time; the same on all ranks
+        self._here: set[str] = set()  # what was added since the last time, whether or not it could be compressed
+        self._departed: list[_Departed] = []
+        self._gone: set[str] = set()  # their names
 
     @property
     def is_open(self) -> bool:
@@ -60,7 +101,7 @@ class Reducer(Sender):
             RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
                 another rank or of another number of ranks.
         """
-        expects = f"{self._round} exchanges so far\n{expects}"
+        expects = f"{self._round} exchanges so far\n{len(self._buckets)} buckets\n{expects}"
         if isinstance(link, hvd.ProcessSet):
             self._exchange = self._meet_through_horovod(link, ranks, expects)
         else:
@@ -71,19 +112,29 @@ class Reducer(Sender):
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
+        self._drop()
         self._exchange = self._watch = self._place = self._saved_as = None
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """See :meth:`Sender.add`; from now on this rank may wait for others, in Horovod or here."""
-        super().add(name, tensor)
+        """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks.
+
+        From now on this rank may wait for others, in Horovod or here.
+        """
         if self._watch is not None:
             self._watch.begin()
+        if name in self._gone:
+            self._fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
+            return
+        super().add(name, tensor)
+        self._here.add(name)
+        self._depart_early()
 
-    def reduce(self, step: int | None = None, *, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
 
         Args:
             step: a number that must be the same on all ranks; that of the exchange if None.
+            divisor: of the sums; the number of ranks for the average.
             overflow_elsewhere: this rank has met inf or NaN in what it has not added, so that the step is likely to
                 be skipped on all ranks. No memory is updated then.
 
@@ -93,109 +144,194 @@ class Reducer(Sender):
             WireError: a message arrived damaged.
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
-        step = self._round if step is None else step
+        self._depart_rest(self._round if step is None else step, overflow_elsewhere)
+        departed, self._departed = self._departed, []
         pending, failure = self._take()
+        self._here.clear()
+        self._gone.clear()
         try:
-            packets = self._swap_packets(pending, failure, step, overflow_elsewhere)
-            overflow = _overflow(packets, list(pending))
+            arrived = self._arrive(departed, failure)
+            gathered = _gather(departed, arrived)
+            overflow = _overflow(arrived, gathered)
         except BaseException:
             self._rollback(pending)
             raise
+        # In rank order, as the sums: all ranks must come to the same conclusion.
+        self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
         if overflow:
             self._rollback(pending)
         else:
             self._commit(pending)
         sums = {}
-        for place, (name, p) in enumerate(pending.items()):
-            total = _sum([packet.messages[place] for packet in packets], p.flat)
-            sums[name] = self._receive(name, total) if p.remembered and not overflow else total
+        for name, p in pending.items():
+            sums[name] = self._sum(name, gathered[name], p.flat, divisor, p.remembered and not overflow)
         return Reduced(sums, overflow)
 
-    def _receive(self, name: str, total: Tensor) -> Tensor:
-        return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
+    def _sum(self, name: str, messages: list[Message], flat: Tensor, divisor: float, is_received: bool) -> Tensor:
+        # In rank order, since floating point addition is not associative and all ranks must get the same bits.
+        messages = [message.to(flat.device) for message in messages]
+        if not is_received or not self._memory.receives:
+            wire.add_up(messages, flat, divisor)
+            return flat
+        wire.add_up(messages, flat)
+        draws = partial(self._generator, name, AFTER, flat.device)
+        return self._memory.receive(name, flat, self.size, draws).div_(divisor)
 
-    def _swap_packets(
-        self, pending: Mapping[str, Pending], failure: Exception | None, step: int, overflow: bool
-    ) -> list[wire.Packet]:
-        """Send this rank's messages, or why there are none, and receive everyone's."""
+    def _drop(self) -> None:
+        super()._drop()
+        self._here.clear()
+        self._departed.clear()
+        self._gone.clear()
+
+    # Departures. How many there are, and what is in them, depends on nothing but the tensors that were added.
+
+    def _depart_early(self) -> None:
+        """Send off what may go before :meth:`reduce`: all but the last bucket, in order."""
+        while self._exchange is not None and len(self._departed) < len(self._buckets) - 1:
+            place = len(self._departed)
+            if not self._awaited[place] <= self._here:
+                return
+            self._depart(self._awaited[place], self._round)
+
+    def _depart_rest(self, step: int, overflow: bool) -> None:
+        while (place := len(self._departed)) < len(self._buckets) - 1:
+            self._depart(self._awaited[place], self._round)
+        # The last one takes along what was not awaited where it belongs.
+        self._depart(self._here - self._gone, step, energy=self._energy(), overflow=overflow)
+
+    def _depart(self, names: set[str], step: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
-        energy = self._energy()
-        sent_before = self._exchange.sent
-        shares: list[int] = []
-        if failure is None:
-            try:
-                ids = [self._ids[name] for name in pending]
-                messages = [p.message for p in pending.values()]
-                encoded = wire.encode(messages, ids=ids, round=step, energy=energy, overflow=overflow)
-                buffer, shares = encoded.data, encoded.shares
-            except Exception as error:
-                failure = error
-        if failure is not None:
-            buffer = wire.encode_failure(f"{type(failure).__name__}: {failure}", round=step)
+        chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
+        messages = [self._pending[name].message for name in chosen]
+        device = messages[0].device if messages else torch.device("cpu")
+        failure = None if self._failure is None else _story(self._failure)
+        own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
+        trip = partial(_travel, self._exchange, len(self._departed), own, device)
+        arrival = self._worker.submit(self._side_stream.after_now(device, trip))
+        self._departed.append(_Departed(chosen, step, arrival))
+        self._gone.update(chosen)
+
+    # Arrivals
+
+    def _arrive(self, departed: list[_Departed], failure: Exception | None) -> list[_Arrived]:
+        """What has become of the buckets, if all of them are as they should be."""
+        assert self._exchange is not None, "open() comes first"
         try:
-            received = self._exchange.allgatherv(buffer)
+            arrived = [bucket.arrival.result() for bucket in departed]
         finally:
             if self._watch is not None:
                 self._watch.end()
-
-        for name, share in zip(pending, shares, strict=failure is None):
-            self._ledger.tensors[name].count(self._exchange.library, share)
-        self._ledger.shared.count(self._exchange.library, self._exchange.sent - sent_before - sum(shares))
+        library = self._exchange.library
+        for bucket, arrival in zip(departed, arrived, strict=True):
+            for name, share in zip(bucket.names, arrival.shares, strict=False):
+                self._ledger.tensors[name].count(library, share)
+            self._ledger.shared.count(library, arrival.sent - sum(arrival.shares))
         self._ledger.exchanges += 1
-        if failure is not None:
-            raise failure
-        device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
-        packets = self._open_packets(received, list(pending), step, device)
-        self._round += 1
-        # In rank order, as the sums: all ranks must come to the same conclusion.
-        self._schedule.advance(sum(packet.energy for packet in packets) / len(packets), _kept(packets, pending))
-        return packets
+        for error in (failure, *(arrival.error for arrival in arrived)):
+            if error is not None:
+                raise error
+        for bucket, arrival in zip(departed, arrived, strict=True):
+            self._check(bucket, arrival.packets)
+        return arrived
 
-    def _open_packets(
-        self, received: Sequence[Any], names: list[str], step: int, device: torch.device
-    ) -> list[wire.Packet]:
-        packets = []
-        for rank, data in enumerate(received):
-            try:
-                packets.append(wire.decode(data, device))
-            except WireError as error:
-                raise WireError(f"from rank {rank}: {error}") from None
+    def _check(self, bucket: _Departed, packets: list[wire.Packet]) -> None:
         failed = [f"rank {rank} failed: {p.failure}" for rank, p in enumerate(packets) if p.failure is not None]
         if failed:
             raise PeerError("; ".join(failed))
-        ids = [self._ids[name] for name in names]
+        ids = [self._ids[name] for name in bucket.names]
         for rank, packet in enumerate(packets):
-            if packet.round != step:
-                raise RankMismatchError(f"rank {rank} exchanges at step {packet.round}, this rank at step {step}")
+            if packet.round != bucket.step:
+                raise RankMismatchError(
+                    f"rank {rank} exchanges at step {packet.round}, this rank at step {bucket.step}"
+                )
             if packet.ids != ids:
                 different = {*packet.ids} ^ {*ids}
                 which = ", ".join(name for name, id in self._ids.items() if id in different)
                 raise RankMismatchError(f"rank {rank} and this rank do not send the same tensors: {which}")
-            for name, message in zip(names, packet.messages, strict=True):
+            for name, message in zip(bucket.names, packet.messages, strict=True):
                 if message.numel != self._shapes[name].numel():
                     raise WireError(f"rank {rank} sent {message.numel} elements of {name!r}")
-        return packets
+
+    def _conclude(self, pending: Mapping[str, Pending], gathered: Mapping[str, list[Message]], energy: float) -> None:
+        """What all ranks learn from an exchange alike."""
+        self._round += 1
+        compressed = [gathered[name] for name, p in pending.items() if p.compressed]
+        kept = max(sum(len(messages[rank].values) for messages in compressed) for rank in range(self.size))
+        self._schedule.advance(energy, kept)
+        self._awaited = [{*names} & gathered.keys() for names in self._buckets]
 
 
-def _kept(packets: list[wire.Packet], pending: Mapping[str, Pending]) -> int:
-    """How many elements of compressed tensors the rank has sent that sent most."""
-    compressed = [i for i, p in enumerate(pending.values()) if p.compressed]
-    return max(sum(len(packet.messages[i].values) for i in compressed) for packet in packets)
+def _buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[str]]:
+    """Names of neighbours, the last first; at least one bucket, which may be empty."""
+    bucket: list[str] = []
+    size = 0.0
+    for name in reversed(list(shapes)):
+        if size >= cap_mb:
+            yield bucket
+            bucket, size = [], 0.0
+        bucket.append(name)
+        size += shapes[name].numel() * 4 / 1e6
+    yield bucket
 
 
-def _overflow(packets: list[wire.Packet], names: list[str]) -> list[tuple[int, str]]:
+def _travel(exchange: Exchange | HorovodExchange, place: int, own: wire.Packet, device: torch.device) -> _Arrived:
+    """Send this rank's packet, and receive everyone's. In the exchange's thread."""
+    sent_before = exchange.sent
+    shares: list[int] = []
+    packets: list[wire.Packet] = []
+    error: Exception | None = None
+    try:
+        if own.failure is None:
+            encoded = wire.encode(
+                own.messages, ids=own.ids, round=own.round, energy=own.energy, overflow=own.overflow
+            )
+            buffer, shares = encoded.data, encoded.shares
+        else:
+            buffer = wire.encode_failure(own.failure, round=own.round)
+    except Exception as caught:
+        error = caught
+        buffer = wire.encode_failure(_story(caught), round=own.round)
+    try:
+        for rank, data in enumerate(exchange.allgatherv(buffer, place)):
+            packets.append(_open(rank, data, device))  # its own too: all ranks judge the same bytes
+    except Exception as caught:
+        error = error or caught
+    return _Arrived(shares, exchange.sent - sent_before, packets, error)
+
+
+def _story(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _open(rank: int, data: Bytes, device: torch.device) -> wire.Packet:
+    try:
+        return wire.decode(data, device)
+    except WireError as error:
+        raise WireError(f"from rank {rank}: {error}") from None
+
+
+def _gather(departed: list[_Departed], arrived: list[_Arrived]) -> dict[str, list[Message]]:
+    """All ranks' messages about each tensor, in rank order."""
+    return {
+        name: [packet.messages[i] for packet in arrival.packets]
+        for bucket, arrival in zip(departed, arrived, strict=True)
+        for i, name in enumerate(bucket.names)
+    }
+
+
+def _overflow(arrived: list[_Arrived], gathered: Mapping[str, list[Message]]) -> list[tuple[int, str]]:
     """Which ranks' messages about which tensors hold inf or NaN, and which ranks have met some elsewhere."""
-    elsewhere = [(rank, "a tensor that is not compressed") for rank, packet in enumerate(packets) if packet.overflow]
-    messages = [(rank, name, m) for rank, p in enumerate(packets) for name, m in zip(names, p.messages, strict=True)]
-    if not messages:
+    elsewhere = [
+        (rank, "a tensor that is not compressed")
+        for arrival in arrived
+        for rank, packet in enumerate(arrival.packets)
+        if packet.overflow
+    ]
+    if bool(all_finite([m.values.floats for messages in gathered.values() for m in messages])):
         return elsewhere
-    finite = torch.stack([m.is_finite() for _, _, m in messages]).tolist()
-    return elsewhere + [(rank, name) for (rank, name, _), good in zip(messages, finite, strict=True) if not good]
-
-
-def _sum(messages: list[Message], flat: Tensor) -> Tensor:
-    """In rank order, since floating point addition is not associative and all ranks must get the same bits."""
-    flat.zero_()
-    for message in messages:
-        message.to(flat.device).add_to(flat)
-    return flat
+    return elsewhere + [
+        (rank, name)
+        for name, messages in gathered.items()
+        for rank, message in enumerate(messages)
+        if not bool(message.is_finite())
+    ]

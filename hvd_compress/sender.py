@@ -108,7 +108,10 @@ class Sender:
             self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
             self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
-            self._failure = self._failure or error
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = self._failure or error
 
     def state_dict(self) -> dict[str, Any]:
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
@@ -154,8 +157,7 @@ class Sender:
             raise ValueError(
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
             )
-        self._rollback(self._pending)  # what an exchange that never came about had begun
-        self._pending, self._failure, self._energies = {}, None, {}
+        self._drop()
         self._memory.load_state_dict(state["memory"])
         self._schedule.load_state_dict(state["schedule"])
         self._ledger.load_state_dict(state["ledger"])
@@ -223,6 +225,11 @@ class Sender:
                 *shapes,
             ]
         )
+
+    def _drop(self) -> None:
+        """Forget what was added for an exchange that never came about."""
+        self._rollback(self._pending)
+        self._pending, self._failure, self._energies = {}, None, {}
 
     def _take(self) -> tuple[dict[str, Pending], Exception | None]:
         """What was added since the last time, in the order that is the same on all ranks, or why it was not."""

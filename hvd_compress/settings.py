@@ -24,6 +24,7 @@ class Settings:
     operator: Operator | Plan
     memory: Callable[[], Memory]
     dense_below: int = 1000
+    bucket_cap_mb: float = 25.0
     seed: int = 0
     timeout: float = 600.0
     process_set: hvd.ProcessSet | None = None
@@ -35,5 +36,7 @@ class Settings:
             raise TypeError(f"operator must be an Operator or a Plan of hvd_compress, got {self.operator!r}")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")
+        if not self.bucket_cap_mb > 0:
+            raise ValueError(f"bucket_cap_mb must be a positive number of megabytes, got {self.bucket_cap_mb!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")

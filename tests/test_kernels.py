@@ -17,8 +17,8 @@ from test_wire import reseal, sample
 from torch import Tensor
 
 from hvd_compress import WireError
-from hvd_compress.kernels import add_at, is_finite, native, swap_add
-from hvd_compress.kernels.vectors import add_at_by_torch, is_finite_by_torch, swap_add_by_torch
+from hvd_compress.kernels import add_at, all_finite, is_finite, native, sum_at, swap_add
+from hvd_compress.kernels.vectors import add_at_by_torch, is_finite_by_torch, sum_at_by_torch, swap_add_by_torch
 from hvd_compress.operators import QSGD, TopK, compose
 from hvd_compress.operators.topk import top_k
 from hvd_compress.wire import HEADER_BYTES, Message, decode, encode
@@ -174,6 +174,58 @@ def test_add_at(numel: int, data: st.DataObject, dtype: torch.dtype, alpha: floa
     add_at(flat, indices, values, alpha)
     add_at_by_torch(theirs, indices, values, alpha)
     assert equal(flat, theirs)
+
+
+@given(
+    st.sampled_from([1, 2, 100, 8191, 8192, 8193, 20_000]),
+    st.sampled_from(FLOATS),
+    st.sampled_from([1.0, 2.0, 3.0, 7.0]),
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.5])), max_size=4),
+    st.integers(0, 2**32),
+)
+def test_sum_at(numel: int, dtype: torch.dtype, divisor: float, parts: list[tuple[float, float]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    indices, values = [], []
+    for density, awkward in parts:
+        chosen = torch.nonzero(torch.rand(numel, generator=generator) < density).reshape(-1)
+        drawn = torch.randn(len(chosen), generator=generator, dtype=dtype)
+        odd = torch.tensor(AWKWARD, dtype=dtype)[torch.randint(len(AWKWARD), (len(chosen),), generator=generator)]
+        indices.append(chosen)
+        values.append(torch.where(torch.rand(len(chosen), generator=generator) < awkward, odd, drawn))
+    ours, theirs = (torch.full((numel,), math.nan, dtype=dtype) for _ in range(2))
+    sum_at(ours, indices, values, divisor)
+    sum_at_by_torch(theirs, indices, values, divisor)
+    assert equal(ours, theirs)
+    for threads in (2, 3):  # in blocks that begin elsewhere
+        loops.sum_at(ours.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], divisor, threads)
+        assert equal(ours, theirs)
+
+
+def test_sum_at_of_many_by_several_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    indices = [torch.randperm(LARGE, generator=generator)[:50_000].sort().values for _ in range(3)]
+    values = [torch.randn(50_000, generator=generator) for _ in range(3)]
+    ours, theirs = torch.empty(LARGE), torch.empty(LARGE)
+    sum_at_by_torch(theirs, indices, values, 3.0)
+    loops.sum_at(ours.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], 3.0, 3)
+    assert equal(ours, theirs)
+
+
+@pytest.mark.parametrize("places", [[-1, 2], [3, 10], [4, 4], [5, 3]])
+def test_sum_at_of_bad_indices_changes_nothing(places: list[int]) -> None:
+    flat = torch.arange(10.0)
+    with pytest.raises(ValueError, match="strictly ascending and below"):
+        sum_at(flat, [torch.tensor([0, 1]), torch.tensor(places)], [torch.ones(2), torch.ones(2)])
+    assert torch.equal(flat, torch.arange(10.0))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16, torch.bfloat16])
+def test_all_finite(dtype: torch.dtype) -> None:
+    good = [torch.ones(0, dtype=dtype), torch.ones(5, dtype=dtype), torch.ones(4, 3, dtype=dtype).t()]
+    assert all_finite(good)
+    assert all_finite([])
+    for bad in (math.nan, INFINITY, -INFINITY):
+        assert not all_finite([*good, torch.tensor([1, bad], dtype=dtype)])
 
 
 @pytest.mark.parametrize("index", [-1, 5, 2**62, -(2**63)])

@@ -2,6 +2,16 @@
 
 from .hadamard import hadamard, next_power_of_two, random_signs
 from .subset import random_subset
-from .vectors import add_at, is_finite, swap_add
+from .vectors import add_at, all_finite, is_finite, sum_at, swap_add
 
-__all__ = ["add_at", "hadamard", "is_finite", "next_power_of_two", "random_signs", "random_subset", "swap_add"]
+__all__ = [
+    "add_at",
+    "all_finite",
+    "hadamard",
+    "is_finite",
+    "next_power_of_two",
+    "random_signs",
+    "random_subset",
+    "sum_at",
+    "swap_add",
+]

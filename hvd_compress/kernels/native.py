@@ -7,6 +7,7 @@ the loop, who has others evaluates the expression.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,6 +67,12 @@ def is_finite(flat: Tensor) -> bool:
 def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
     """:func:`.vectors.add_at`."""
     _native.add_at(flat.numpy(), indices.numpy(), values.numpy(), alpha)
+
+
+def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float) -> None:
+    """:func:`.vectors.sum_at`."""
+    places, numbers = [i.numpy() for i in indices], [v.numpy() for v in values]
+    _native.sum_at(flat.numpy(), places, numbers, divisor, torch.get_num_threads())
 
 
 def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:

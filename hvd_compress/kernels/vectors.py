@@ -3,6 +3,8 @@
 The ``…_by_torch`` functions are the definitions; the others equal them bit for bit (a NaN's payload aside).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,13 @@ def is_finite(tensor: Tensor) -> Tensor:
     return is_finite_by_torch(tensor)
 
 
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no element of any of ``tensors`` is inf or NaN. On a GPU it waits for the device, once."""
+    if all(t.is_floating_point() and native.serves(t) for t in tensors):
+        return all(native.is_finite(t) for t in tensors)
+    return bool(torch.stack([is_finite(t).to(tensors[0].device) for t in tensors]).all())
+
+
 def is_finite_by_torch(tensor: Tensor) -> Tensor:
     """See :func:`is_finite`."""
     return torch.isfinite(tensor).all()
@@ -70,3 +79,29 @@ def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) ->
 def add_at_by_torch(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) -> None:
     """See :func:`add_at`."""
     flat.index_add_(0, indices, values, alpha=alpha)
+
+
+def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
+    """``flat`` becomes the sum of vectors with ``values[i]`` at ``indices[i]``, in order of i, over ``divisor``.
+
+    Args:
+        flat: float32 or float64 ``[d]``; may hold anything before.
+        indices: int64 ``[kᵢ]`` each, strictly ascending, 0 ≤ index < d.
+        values: ``[kᵢ]`` each, of the dtype of ``flat``.
+        divisor: of the sums, each of which is rounded once more by it.
+
+    Raises:
+        ValueError, IndexError: indices do not ascend, or are out of bounds (on the CPU).
+    """
+    if native.serves(flat, *indices, *values):
+        native.sum_at(flat, indices, values, divisor)
+    else:
+        sum_at_by_torch(flat, indices, values, divisor)
+
+
+def sum_at_by_torch(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
+    """See :func:`sum_at`."""
+    flat.zero_()
+    for places, numbers in zip(indices, values, strict=True):
+        flat.index_add_(0, places, numbers)
+    flat.div_(divisor)

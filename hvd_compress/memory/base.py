@@ -41,6 +41,11 @@ class Memory(ABC):
         return f"{type(self).__name__}()"
 
     @property
+    def receives(self) -> bool:
+        """Whether :meth:`receive` does anything."""
+        return type(self).receive is not Memory.receive
+
+    @property
     def rows(self) -> tuple[str, ...]:
         """What each vector of a parameter's memory is: :data:`MASS`, :data:`ESTIMATE`, :data:`TOTAL` or
         :data:`COMMON`. It says what becomes of them when the number of ranks changes."""

@@ -1,6 +1,6 @@
 """Messages and their bytes. Knows tensors only as numbers, and nothing of MPI."""
 
-from .message import Block, Message, Subset
+from .message import Block, Message, Subset, add_up
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 
@@ -19,6 +19,7 @@ __all__ = [
     "Subset",
     "Symmetric",
     "Values",
+    "add_up",
     "decode",
     "encode",
     "encode_failure",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import add_at, is_finite, random_subset
+from ..kernels import add_at, is_finite, random_subset, sum_at
 from .values import Floats, Values
 
 
@@ -88,6 +89,8 @@ class Message:
 
     def to(self, device: torch.device) -> Message:
         """The same message on ``device``."""
+        if device == self.device:
+            return self
         indices = None if self.indices is None else self.indices.to(device)
         return replace(self, indices=indices, values=self.values.to(device))
 
@@ -129,3 +132,21 @@ class Message:
         if len(packet.messages) != 1:
             raise WireError(f"expected one message, the packet holds {len(packet.messages)}")
         return packet.messages[0]
+
+
+def add_up(messages: Sequence[Message], flat: Tensor, divisor: float = 1.0) -> None:
+    """``flat`` becomes the sum of what receivers of ``messages`` see, in their order, divided by ``divisor``.
+
+    Args:
+        messages: about one tensor, on the device of ``flat``.
+        flat: float32 or float64 ``[d]``; may hold anything before.
+        divisor: 1 for the sum.
+    """
+    indices = [m.indices for m in messages if m.indices is not None]
+    if len(indices) == len(messages):
+        sum_at(flat, indices, [m.values.decode().to(flat.dtype) for m in messages], divisor)
+        return
+    flat.zero_()
+    for message in messages:
+        message.add_to(flat)
+    flat.div_(divisor)

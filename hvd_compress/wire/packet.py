@@ -158,7 +158,7 @@ def encode(
     ]
     rows = [_write_entry(e, previous) for e, previous in zip(entries, [-1, *ids], strict=False)]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + b"".join(rows), dtype=torch.uint8)
-    data = torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)]).cpu().numpy()
+    data = _on_host(torch.cat([section.to(device) for section in (front, unary, fixed, *levels, *floats)])).numpy()
     _seal(data, _MESSAGES, len(entries), round, energy, _OVERFLOW if overflow else 0)
     return Encoded(data, _shares(entries, rows, unary_bits))
 
@@ -202,6 +202,11 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu") -> Packet:
     streams = torch.from_numpy(np.require(body[offset:], requirements="W")).to(device)
     messages = _decode_streams(entries, streams)
     return Packet(round, [e.id for e in entries], messages, energy, bool(flags & _OVERFLOW))
+
+
+def _on_host(data: Tensor) -> Tensor:
+    """In page-locked memory if it comes from a GPU, which copies there without a detour."""
+    return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data) if data.is_cuda else data
 
 
 def _seal(data: Bytes, kind: int, count: int, round: int, energy: float, flags: int = 0) -> None:

@@ -38,6 +38,19 @@ bool is_finite(const Float* x, Index n, int threads);
 template <class Float>
 void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha);
 
+// One message's part in a sum.
+template <class Float>
+struct Part {
+    const Index* indices;  // ascending
+    const Float* values;
+    Index count;
+};
+
+// flat[n] becomes the sum of the parts, in their order, divided by divisor; it may hold anything before. Throws
+// std::invalid_argument before anything is written unless each part's indices ascend strictly from 0 to below n.
+template <class Float>
+void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads);
+
 // streams.cpp. One message's place in the index streams; see wire/indices.py.
 struct Row {
     Index count;      // indices

@@ -82,6 +82,24 @@ void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Floa
     add_at(x, n, i, v, count, alpha);
 }
 
+template <class Float>
+void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values,
+               Float divisor, int threads) {
+    require_vector(flat, "flat");
+    require(indices.size() == values.size(), "there must be as many vectors of indices as of values");
+    std::vector<Part<Float>> parts;
+    for (std::size_t p = 0; p < indices.size(); ++p) {
+        require_vector(indices[p], "indices");
+        require_vector(values[p], "values");
+        require(indices[p].size() == values[p].size(), "indices and values must be of one length");
+        parts.push_back({indices[p].data(), values[p].data(), indices[p].size()});
+    }
+    Float* x = flat.mutable_data();
+    const Index n = flat.size();
+    py::gil_scoped_release released;
+    sum_at(x, n, parts, divisor, threads);
+}
+
 struct Table {
     const Row* rows;
     Index messages;
@@ -190,6 +208,8 @@ void bind_floats(py::module_& module) {
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
                "alpha"_a);
+    module.def("sum_at", &sum_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "divisor"_a, "threads"_a);
 }
 
 }  // namespace

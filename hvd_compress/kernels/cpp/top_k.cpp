@@ -178,6 +178,35 @@ Kth<Word> kth_largest(const Span<Word>* spans, std::size_t size, Index k, int pr
     return {prefix << precision, above};
 }
 
+// The same among magnitudes that all reach `floor`, as candidates do. They crowd within a few octaves above it, so one
+// count of their leading bits leaves few among which the digits are looked for.
+template <class Word>
+Kth<Word> kth_largest_above(const std::vector<Span<Word>>& spans, Index k, Word floor) {
+    constexpr int shift = sizeof(Word) == 4 ? 16 : 45;  // seven bits of the mantissa are counted
+    constexpr Word bins = 1024;                         // eight octaves; the last bin has all that is larger
+    const Word base = floor >> shift;
+    const auto bin_of = [=](Word bits) { return std::min<Word>((magnitude(bits) >> shift) - base, bins - 1); };
+    std::uint32_t counts[bins] = {};
+    Index total = 0;
+    for (const auto& span : spans) {
+        for (Index i = 0; i < span.count; ++i) ++counts[bin_of(span.bits[i])];
+        total += span.count;
+    }
+    Index above = 0;
+    Word bin = bins - 1;
+    while (above + counts[bin] < k) above += counts[bin--];
+    std::vector<Word> among;
+    among.reserve(counts[bin] + 1);
+    for (const auto& span : spans) {
+        for (Index i = 0; i < span.count; ++i) {
+            if (bin_of(span.bits[i]) == bin) among.push_back(span.bits[i]);
+        }
+    }
+    const Span<Word> rest{among.data(), static_cast<Index>(among.size())};
+    const Kth<Word> kth = kth_largest(&rest, 1, k - above);
+    return {kth.value, above + kth.above};
+}
+
 // Drops the candidates below the k-th, and those of its magnitude behind the first `equals`, of which it returns how
 // many are left to keep.
 template <class Word>
@@ -258,10 +287,11 @@ void top_k_words(const Word* x, Index d, Index k, int threads, VectorUnit unit, 
             total += candidates[p].count;
         }
     };
-    collect_from(likely_threshold(x, d, k));
-    if (total < k) collect_from(0);
+    Word threshold = likely_threshold(x, d, k);
+    collect_from(threshold);
+    if (total < k) collect_from(threshold = 0);
 
-    const Kth<Word> kth = kth_largest(spans.data(), spans.size(), k);
+    const Kth<Word> kth = threshold ? kth_largest_above(spans, k, threshold) : kth_largest(spans.data(), spans.size(), k);
     Index equals = k - kth.above;
     for (auto& c : candidates) {
         equals = drop_below(c, kth.value, equals);

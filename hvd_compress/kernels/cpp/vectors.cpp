@@ -1,5 +1,6 @@
 // Loops that read two or three vectors once. They are bound by memory, so the compiler's own vectors are enough.
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -62,11 +63,52 @@ void add_at(Float* flat, Index n, const Index* indices, const Float* values, Ind
     }
 }
 
+// One block after the other, so that what is set to zero is still in the cache when the values come.
+template <class Float>
+void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads) {
+    for (const auto& part : parts) {
+        bool wrong = part.count && (part.indices[0] < 0 || part.indices[part.count - 1] >= n);
+        for (Index i = 1; i < part.count; ++i) wrong |= part.indices[i] <= part.indices[i - 1];
+        if (wrong) throw std::invalid_argument("indices must be strictly ascending and below the vector's length");
+    }
+    constexpr Index block = 8192;
+    in_ranges(n, threads, [&](Index begin, Index end) {
+        std::vector<Index> first(parts.size()), behind(parts.size());  // of each part, within the block
+        for (std::size_t p = 0; p < parts.size(); ++p) {
+            behind[p] = std::lower_bound(parts[p].indices, parts[p].indices + parts[p].count, begin) - parts[p].indices;
+        }
+        bool is_whole[block] = {};  // elements that are still to be divided
+        for (Index from = begin; from < end; from += block) {
+            const Index to = std::min(from + block, end);
+            std::memset(flat + from, 0, (to - from) * sizeof(Float));
+            for (std::size_t p = 0; p < parts.size(); ++p) {
+                const Part<Float>& part = parts[p];
+                Index i = first[p] = behind[p];
+                for (; i < part.count && part.indices[i] < to; ++i) {
+                    flat[part.indices[i]] += part.values[i];
+                    is_whole[part.indices[i] - from] = true;
+                }
+                behind[p] = i;
+            }
+            if (divisor == 1) continue;
+            for (std::size_t p = 0; p < parts.size(); ++p) {
+                for (Index i = first[p]; i < behind[p]; ++i) {
+                    const Index at = parts[p].indices[i];
+                    flat[at] = is_whole[at - from] ? flat[at] / divisor : flat[at];
+                    is_whole[at - from] = false;
+                }
+            }
+        }
+    });
+}
+
 template void swap_add(float*, float*, Index, float, int);
 template void swap_add(double*, double*, Index, double, int);
 template bool is_finite(const float*, Index, int);
 template bool is_finite(const double*, Index, int);
 template void add_at(float*, Index, const Index*, const float*, Index, float);
 template void add_at(double*, Index, const Index*, const double*, Index, double);
+template void sum_at(float*, Index, const std::vector<Part<float>>&, float, int);
+template void sum_at(double*, Index, const std::vector<Part<double>>&, double, int);
 
 }  // namespace hvd

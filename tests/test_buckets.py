@@ -1,0 +1,228 @@
+"""Messages that travel while the backward pass goes on."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from models import Vectors, assert_replicas_identical, gradient
+from world import World
+
+from hvd_compress import Compression, PeerError, QsparseLocalSGD
+from hvd_compress.ledger import Ledger
+from hvd_compress.memory import Residual
+from hvd_compress.operators import TopK
+from hvd_compress.reducer import Reducer
+
+SHAPES = {f"w{i}": (10 + 3 * i, 4) for i in range(7)}
+TINY = 1e-9  # megabytes: a bucket for each tensor
+
+
+def reducer(cap: float) -> Reducer:
+    from mpi4py import MPI
+
+    made = Reducer(
+        {name: torch.Size(shape) for name, shape in SHAPES.items()},
+        operator=TopK(k=5),
+        memory=Residual(),
+        dense_below=0,
+        bucket_cap_mb=cap,
+        seed=0,
+        ledger=Ledger(),
+    )
+    made.open(MPI.COMM_WORLD, range(hvd.size()), "", 60)
+    return made
+
+
+def tensor(name: str, step: int) -> torch.Tensor:
+    return gradient(SHAPES[name], hvd.rank(), step, list(SHAPES).index(name))
+
+
+def test_neighbours_share_a_bucket_until_it_is_full() -> None:
+    from hvd_compress.reducer import _buckets
+
+    shapes = {name: torch.Size([250_000 * size]) for name, size in (("a", 1), ("b", 3), ("c", 2), ("d", 1))}
+    assert list(_buckets(shapes, 3.0)) == [["d", "c"], ["b"], ["a"]]  # megabytes: 1 + 2, 3, 1
+    assert list(_buckets(shapes, 3.5)) == [["d", "c", "b"], ["a"]]
+    assert list(_buckets(shapes, 100.0)) == [["d", "c", "b", "a"]]
+    assert list(_buckets(shapes, TINY)) == [["d"], ["c"], ["b"], ["a"]]
+    assert list(_buckets({}, 1.0)) == [[]]
+
+
+# The same bits, however tensors are put together and in whatever order they come
+
+
+def trains(path: str, caps: list[float], **settings: Any) -> None:
+    finals = []
+    for cap in caps:
+        model = Vectors(SHAPES)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        compression = Compression.by_name(
+            dense_below=0, bucket_cap_mb=cap, named_parameters=model.named_parameters(), **settings
+        )
+        optimizer: Any
+        if path == "gradient":
+            optimizer = hvd.DistributedOptimizer(
+                inner, named_parameters=model.named_parameters(), compression=compression
+            )
+        else:
+            optimizer = QsparseLocalSGD(
+                inner, named_parameters=model.named_parameters(), compression=compression, sync_every=2
+            )
+        order = random.Random(hvd.rank())
+        for step in range(8):
+            # In another order on each rank; some are unused, on some ranks only.
+            names = order.sample(list(SHAPES), order.randint(4, len(SHAPES)))
+            optimizer.zero_grad()
+            model({name: tensor(name, step) for name in names}).backward()
+            optimizer.step()
+            if path == "gradient" or step % 2:
+                assert_replicas_identical(list(model.parameters()))
+        finals.append([p.detach().clone() for p in model.parameters()])
+    for final in finals[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(finals[0], final, strict=True))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("path", ["gradient", "local"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "topk", "k": 5},
+        {"name": "qtopk", "k": 9, "bits": 3},
+        {"name": "adaptive_topk", "ratio": 0.1, "exchanges": 8},
+    ],
+    ids=lambda s: s["name"],
+)
+def test_buckets_change_no_bit(world: World, path: str, settings: dict) -> None:
+    world.run(trains_in_all_sizes, path, settings)
+
+
+def trains_in_all_sizes(path: str, settings: dict) -> None:
+    trains(path, [100.0, 0.0004, TINY], **settings)
+
+
+# They leave early
+
+
+def leaves_before_it_is_asked() -> None:
+    exchange = reducer(TINY)
+    names = list(reversed(SHAPES))
+    for step in range(3):
+        for count, name in enumerate(names, start=1):
+            exchange.add(name, tensor(name, step))
+            assert len(exchange._departed) == min(count, len(names) - 1)
+        deadline = time.monotonic() + 60
+        while not all(bucket.arrival.done() for bucket in exchange._departed):  # nobody has called reduce()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        hvd.barrier()
+        assert not exchange.reduce().overflow
+    # The first bucket waits for its tensor, and the others for the first.
+    for name in names[1:]:
+        exchange.add(name, tensor(name, 3))
+    assert not exchange._departed
+    exchange.add(names[0], tensor(names[0], 3))
+    assert len(exchange._departed) == len(names) - 1
+    exchange.reduce()
+
+
+@pytest.mark.ranks(2)
+def test_a_full_bucket_departs_while_others_are_filled(world: World) -> None:
+    world.run(leaves_before_it_is_asked)
+
+
+def tensors_come_and_stay_away() -> None:
+    """What does not come is not waited for any more, and may come again."""
+    exchange, reference = reducer(TINY), reducer(100.0)
+    rounds = [list(SHAPES), ["w1", "w4"], ["w4", "w1"], ["w0", "w4", "w6"], [], ["w1", "w5"], list(SHAPES)]
+    early = []
+    for step, names in enumerate(rounds):
+        for name in names:
+            exchange.add(name, tensor(name, step))
+            reference.add(name, tensor(name, step))
+        early.append(len(exchange._departed))
+        ours, theirs = exchange.reduce(), reference.reduce()
+        assert ours.sums.keys() == theirs.sums.keys() == {*names}
+        assert all(torch.equal(ours.sums[name], theirs.sums[name]) for name in names)
+    # After the second round, only w4 (in the third bucket) and w1 (in the last but one) are waited for.
+    assert early == [6, 0, 6, 5, 0, 6, 6]
+    for name in SHAPES:
+        a, b = exchange.residual(name), reference.residual(name)
+        assert a is not None
+        assert b is not None
+        assert torch.equal(a, b)
+
+
+@pytest.mark.ranks(2)
+def test_tensors_that_come_only_sometimes(world: World) -> None:
+    world.run(tensors_come_and_stay_away)
+
+
+# What fails
+
+
+def second_tensor_comes_too_early() -> None:
+    exchange = reducer(TINY)
+    names = list(reversed(SHAPES))
+    for name in names:
+        exchange.add(name, tensor(name, 0))
+    before = exchange.reduce()
+    assert not before.overflow
+    memory = {name: m.clone() for name, m in exchange.state_dict()["memory"].items()}
+    for name in names:
+        exchange.add(name, tensor(name, 1))
+    if hvd.rank() == 1:
+        exchange.add(names[0], tensor(names[0], 2))
+        with pytest.raises(RuntimeError, match="a second tensor 'w6' came before the sum of the first"):
+            exchange.reduce()
+    else:
+        with pytest.raises(PeerError, match="rank 1 failed: RuntimeError: a second tensor 'w6'"):
+            exchange.reduce()
+    assert all(torch.equal(m, exchange.state_dict()["memory"][name]) for name, m in memory.items())
+    for name in names:  # and it goes on
+        exchange.add(name, tensor(name, 1))
+    assert not exchange.reduce().overflow
+
+
+def overflow_in_an_early_bucket() -> None:
+    exchange = reducer(TINY)
+    names = list(reversed(SHAPES))
+    for name in names:
+        exchange.add(name, tensor(name, 0))
+    exchange.reduce()
+    memory = {name: m.clone() for name, m in exchange.state_dict()["memory"].items()}
+    for name in names:
+        bad = hvd.rank() == 1 and name == names[1]
+        exchange.add(name, tensor(name, 1) * (float("nan") if bad else 1))
+    reduced = exchange.reduce()
+    assert reduced.overflow == [(1, "w5")]
+    assert bool(reduced.sums["w5"].isnan().any())
+    assert all(torch.equal(m, exchange.state_dict()["memory"][name]) for name, m in memory.items())
+
+
+def one_rank_adds_less() -> None:
+    from hvd_compress import RankMismatchError
+
+    exchange = reducer(TINY)
+    for name in reversed(SHAPES):
+        if (hvd.rank(), name) != (1, "w6"):
+            exchange.add(name, tensor(name, 0))
+    with pytest.raises(RankMismatchError, match="do not send the same tensors: w6"):
+        exchange.reduce()
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("variant", [second_tensor_comes_too_early, overflow_in_an_early_bucket, one_rank_adds_less])
+def test_a_failure_reaches_all_buckets(world: World, variant: Any) -> None:
+    world.run(variant)
+
+
+@pytest.mark.parametrize("cap", [0, -1.0, float("nan")])
+def test_bad_sizes(cap: float) -> None:
+    with pytest.raises(ValueError, match="bucket_cap_mb"):
+        Compression.topk(k=1, bucket_cap_mb=cap)
