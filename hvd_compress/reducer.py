@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,10 @@ class Reducer(Sender):
     def _drop(self) -> None:
         super()._drop()
         self._here.clear()
+        for bucket in self._departed:
+            bucket.arrival.cancel()
+        if isinstance(self._exchange, HorovodExchange):  # it fails with Horovod, and must not meet the next world
+            wait(bucket.arrival for bucket in self._departed)
         self._departed.clear()
         self._gone.clear()
 
