@@ -9,7 +9,7 @@ BOOTSTRAP = $(or $(PYTHON),$(error No Python 3.11 on PATH. Install it (apt insta
 	scripts/bootstrap.py --mpi $(MPI)
 
 .NOTPARALLEL:
-.PHONY: help env demo test lint check clean
+.PHONY: help env demo test lint docs check clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,11 @@ lint: ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+docs: ## build docs/ as HTML into build/docs, with warnings as errors
+	@$(BOOTSTRAP) --docs
+	.venv/bin/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	@echo build/docs/index.html
 
 check: lint test ## what continuous integration runs
 

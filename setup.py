@@ -48,9 +48,18 @@ setup(
     entry_points={"console_scripts": ["hvd-compress = hvd_compress.cli:main"]},
     install_requires=["horovod==0.28.1", "mpi4py>=4", "numpy", "rich", "torch>=2.1"],
     extras_require={
-        "train": ["matplotlib", "pillow", "scikit-learn", "torchvision", "tqdm"],
+        "train": [
+            "matplotlib",
+            "pillow",
+            "pyyaml",
+            "scikit-learn",
+            "tensorboard",
+            "torchvision",
+            "tqdm",
+            "webdataset",
+        ],
         "slurm": ["cloudpickle", "matplotlib", "pyyaml", "submitit>=1.5"],
         "test": ["hypothesis", "mypy", "pytest", "ruff", "types-pyyaml", "types-tqdm"],
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "docs": ["furo", "myst-parser", "sphinx", "sphinx-copybutton"],
     },
 )

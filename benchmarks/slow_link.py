@@ -32,14 +32,19 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=list(RATES), help="of the link, in tc's units")
     parser.add_argument("--steps", type=int, default=8, help="of each method in a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="in turn with the others (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the seconds, which figures.py draws")
     args = parser.parse_args()
     if os.geteuid() != 0 or not shutil.which("tc") or not shutil.which("ip"):
         sys.exit("slow links need root, and the programs ip and tc (Debian: iproute2); nothing was measured")
+    measured: dict[str, dict[str, float]] = {}
     for rate in args.rates:
         load = os.getloadavg()[0]
         with namespace(rate) as name:
             seconds = train_in(name, args.steps, args.rounds, RATES.get(rate))
         report(rate, seconds, load)
+        measured[rate] = seconds
+    if args.json:
+        args.json.write_text(json.dumps(measured))
 
 
 @contextmanager

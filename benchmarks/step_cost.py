@@ -11,6 +11,7 @@ process, so that a busy machine is busy for all of them: trust the ratios.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -103,6 +104,8 @@ def main() -> None:
             measure(method, source)
     for method in methods:
         del method.seconds[: args.warmup], method.compressing[: args.warmup]
+    if hvd.rank() == 0 and args.json:
+        args.json.write_text(json.dumps({m.name: m.median for m in methods}))
     if hvd.rank() == 0:
         report(methods, statistics.median(copies[args.warmup :]), extra, args, load_before)
 
@@ -229,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=10, help="steps that count (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of each rank (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the medians, which figures.py draws")
     return parser.parse_args()
 
 

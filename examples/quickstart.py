@@ -31,15 +31,16 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
             print(f"epoch {epoch + 1:2d}  loss {loss.item():.3f}")
 
 
-hvd.init()
-model = Net()
-hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-compression = Compression.topk(ratio=0.01, named_parameters=model.named_parameters())
-optimizer = hvd.DistributedOptimizer(
-    torch.optim.SGD(model.parameters(), lr=0.1),
-    named_parameters=model.named_parameters(),
-    compression=compression,
-)
-train(model, optimizer)
-if hvd.rank() == 0:
-    print(compression.ledger.total)
+if __name__ == "__main__":
+    hvd.init()
+    model = Net()
+    hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+    compression = Compression.topk(ratio=0.01, named_parameters=model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+    )
+    train(model, optimizer)
+    if hvd.rank() == 0:
+        print(compression.ledger.total)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar, cast
 
@@ -27,12 +27,6 @@ def use_device() -> None:
 def device() -> torch.device:
     """Where the model is."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def on_device(batches: Iterable[list[torch.Tensor]]) -> Iterator[list[torch.Tensor]]:
-    """The batches, one after the other, where the model is."""
-    for batch in batches:
-        yield [tensor.to(device(), non_blocking=True) for tensor in batch]
 
 
 def say(text: str) -> None:

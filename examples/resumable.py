@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import horovod.torch as hvd
-from ranks import device, fail, say
+from ranks import device, fail, on_all_ranks, say
 
 from hvd_compress import EXIT_REQUEUE, Checkpoints, Interruption, random_state, set_random_state
 
@@ -33,6 +34,7 @@ class Resumable:
         save_every: steps from one checkpoint to the next, in case that a node fails.
         ask_every: steps after which the ranks agree on whether to go on. With local steps, take their period: to
             agree makes the ranks wait for each other.
+        afresh: whether to delete what another run has left in the directory.
     """
 
     def __init__(
@@ -43,11 +45,14 @@ class Resumable:
         *,
         save_every: int,
         ask_every: int,
+        afresh: bool = False,
     ) -> None:
         self._parts = parts
         self._settings = dict(settings)
         self._save_every = save_every
         self._ask_every = ask_every
+        if afresh and directory is not None:
+            on_all_ranks(lambda: shutil.rmtree(directory) if hvd.rank() == 0 and directory.exists() else None)
         self._checkpoints = None if directory is None else Checkpoints(directory)
         self._interruption = None if directory is None else Interruption()
 
@@ -71,27 +76,30 @@ class Resumable:
         different = [name for name, value in self._settings.items() if before.get(name) != value]
         if different:
             changes = ", ".join(f"{name} was {before.get(name)}, is {self._settings[name]}" for name in different)
-            fail(f"{self._checkpoints.directory} holds a run with other settings: {changes}")
+            fail(
+                f"{self._checkpoints.directory} holds a run with other settings: {changes}. Give another --output, "
+                "or --resume never to delete it"
+            )
         for name, part in self._parts.items():
             part.load_state_dict(saved.state[name])
         set_random_state(saved.state["random"])
         say(f"Going on from {self._checkpoints.directory}, checkpoint {saved.step}.")
         return saved.state["progress"]
 
-    def after_step(self, number: int, progress: Mapping[str, Any]) -> None:
+    def after_step(self, number: int, progress: Callable[[], Mapping[str, Any]]) -> None:
         """Save if it is time to; if the job is to be interrupted, save and end the program. All ranks call it.
 
         Args:
             number: of steps that were taken, in all.
-            progress: what the loop needs to go on from here.
+            progress: tells what the loop needs to go on from here.
         """
         if self._interruption is not None and number % self._ask_every == 0 and self._interruption.agreed():
-            self.save(number, progress)
+            self.save(number, progress())
             say(f"Interrupted. Saved as checkpoint {number}; the same command goes on from here.")
             hvd.barrier()
             sys.exit(EXIT_REQUEUE)
         if number % self._save_every == 0:
-            self.save(number, progress)
+            self.save(number, progress())
 
     def save(self, number: int, progress: Mapping[str, Any]) -> None:
         """As checkpoint ``number``."""

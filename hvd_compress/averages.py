@@ -124,7 +124,10 @@ class HorovodAverage:
         for name, tensor in zip(moved, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1
-        averages = hvd.grouped_allreduce(list(compressed), name="qsparse_local_sgd", process_set=self._process_set)
+        with self.ledger.timed("exchange"):
+            averages = hvd.grouped_allreduce(
+                list(compressed), name="qsparse_local_sgd", process_set=self._process_set
+            )
         return {
             name: self._compression.decompress(average, context)
             for name, average, context in zip(moved, averages, contexts, strict=True)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m hvd_compress``, or ``hvd-compress``. Needs no ranks, and starts no MPI."""
+"""The command line: ``python -m hvd_compress``, or ``hvd-compress``. Starts no MPI, except for ``advise``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from .advise.command import add_advise
 from .operators import (
     CAT,
     QSGD,
@@ -33,6 +34,7 @@ from .operators import (
     TopK,
     compose,
 )
+from .report.command import add_report
 from .wire import encode
 
 T = TypeVar("T")
@@ -47,10 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: in place of the program's.
     """
     parser = argparse.ArgumentParser(
-        prog="hvd-compress", description="Compressed communication for Horovod: looks at operators before they train."
+        prog="hvd-compress",
+        description="Compressed communication for Horovod: looks at operators, at this machine, and at runs.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_operators(commands)
+    add_advise(commands)
+    add_report(commands)
     options = parser.parse_args(arguments)
     options.run(options)
 

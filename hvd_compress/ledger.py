@@ -1,8 +1,11 @@
-"""How many bytes a rank really handed to its communication libraries."""
+"""How many bytes a rank really handed to its communication libraries, and how long it took."""
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 
@@ -51,6 +54,9 @@ class Ledger:
     tensors: dict[str, Traffic] = field(default_factory=lambda: defaultdict(Traffic))  # by parameter name
     shared: Traffic = field(default_factory=Traffic)  # headers, length exchanges, the first handshake
     exchanges: int = 0  # of compressed messages, or of all parameters under local SGD
+    # This process's wall time in "compress" (both ways, memories too) and "exchange" (as far as it was waited for,
+    # with the others' lateness). On a GPU, whose work is only started here, some shows up where results are needed.
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float), compare=False)
 
     @property
     def total(self) -> Traffic:
@@ -58,12 +64,24 @@ class Ledger:
         parts = [*self.tensors.values(), self.shared]
         return Traffic(*(sum(getattr(part, name) for part in parts) for name in ("mpi", "horovod", "dense")))
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the time that the block takes as that of ``what``, without what is counted within it."""
+        start, before = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            within = sum(self.seconds.values()) - before
+            self.seconds[what] += time.perf_counter() - start - within
+
     def take(self, other: Ledger) -> None:
         """Count what ``other`` has counted, which then starts again from zero."""
         for name, traffic in other.tensors.items():
             self.tensors[name].add(traffic)
         self.shared.add(other.shared)
         self.exchanges += other.exchanges
+        for what, seconds in other.seconds.items():
+            self.seconds[what] += seconds
         other.reset()
 
     def reset(self) -> None:
@@ -71,9 +89,10 @@ class Ledger:
         self.tensors.clear()
         self.shared = Traffic()
         self.exchanges = 0
+        self.seconds.clear()
 
     def state_dict(self) -> dict[str, object]:
-        """Plain dictionaries and integers."""
+        """The bytes, as plain dictionaries and integers; times are this process's affair."""
         return {
             "tensors": {name: asdict(traffic) for name, traffic in self.tensors.items()},
             "shared": asdict(self.shared),

@@ -144,7 +144,11 @@ class Reducer(Sender):
             WireError: a message arrived damaged.
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
-        self._depart_rest(self._round if step is None else step, overflow_elsewhere)
+        with self._ledger.timed("compress"):
+            return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+
+    def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
+        self._depart_rest(step, overflow_elsewhere)
         departed, self._departed = self._departed, []
         pending, failure = self._take()
         self._here.clear()
@@ -221,7 +225,8 @@ class Reducer(Sender):
         """What has become of the buckets, if all of them are as they should be."""
         assert self._exchange is not None, "open() comes first"
         try:
-            arrived = [bucket.arrival.result() for bucket in departed]
+            with self._ledger.timed("exchange"):
+                arrived = [bucket.arrival.result() for bucket in departed]
         finally:
             if self._watch is not None:
                 self._watch.end()

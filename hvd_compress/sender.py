@@ -105,8 +105,9 @@ class Sender:
         The tensor is given up: what it holds is not defined from now on, and its storage may be that of a result.
         """
         try:
-            self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
-            self._pending[name] = self._compress(name, tensor)
+            with self._ledger.timed("compress"):
+                self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
+                self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self._fail(error)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the virtual environment .venv with all that `make demo` and `make test` need, from nothing but Python.
 
-    python3 scripts/bootstrap.py [--tests] [--mpi pip|system]     set up; returns at once when all is done
+    python3 scripts/bootstrap.py [--tests] [--docs] [--mpi pip|system]     set up; returns at once when all is done
     python3 scripts/bootstrap.py --mpirun N [COMMAND ...]         start N ranks; without a command, print how
 
 The first half of the work (choose an MPI, make the environment) runs on the machine's Python. The script then
@@ -37,6 +37,7 @@ if sys.version_info[:2] < OLDEST_PYTHON:  # before anything that an old Python c
     )
 
 import build_horovod as horovod  # noqa: E402
+import gently  # noqa: E402
 from build_horovod import GIB, BuildError, Progress  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -296,6 +297,7 @@ def main() -> None:
     """Set up what is due, or start ranks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tests", action="store_true", help="also install what tests and lint need")
+    parser.add_argument("--docs", action="store_true", help="also install what builds the documentation")
     parser.add_argument("--mpi", choices=("auto", "pip", "system"), default="auto", help="PyPI's Open MPI, or PATH's")
     parser.add_argument("--mpirun", nargs=argparse.REMAINDER, metavar="N", help="start N ranks of a command")
     options = parser.parse_args()
@@ -309,14 +311,14 @@ def main() -> None:
         if not command:
             print(shlex.join(launch))
         else:
-            os.execvp(launch[0], launch)
+            sys.exit(gently.run(launch))
         return
 
     # They would lead the environment's Python to packages elsewhere; clusters' modules like to set them.
     for name in ("PYTHONPATH", "PYTHONHOME"):
         os.environ.pop(name, None)
     with locked():
-        extras = {*EXTRAS, *(["test"] if options.tests else [])}
+        extras = {*EXTRAS, *(["test"] if options.tests else []), *(["docs"] if options.docs else [])}
         due = inputs(mpi)
         if is_ready(due, extras):
             return

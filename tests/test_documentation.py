@@ -12,23 +12,37 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
-from world import launch
+from world import World, launch
 
 from hvd_compress import Compression, GradientCompressor
 from hvd_compress.compression import COMPRESSORS
 from hvd_compress.operators import Operator
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = ("choosing", "first-run", "local-steps", "resuming")
+"""Tutorials whose Python is one script for several ranks."""
 
 
 def code_blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+    """What stands between fences, by the word behind the first one."""
+    blocks, block, tag = [], [], None
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.startswith("```"):
+            block.append(line)
+        elif tag is None:
+            tag, block = line.strip("`\n"), []
+        else:
+            blocks += ["".join(block)] if tag == language else []
+            tag = None
+    assert tag is None, f"a fence in {path} is open"
+    return blocks
 
 
-def test_the_diff_in_the_readme_is_the_quickstart() -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/quickstart.md"])
+def test_the_diffs_are_the_quickstart(document: str) -> None:
     """Each line of the diff stands in the example, in this order; and without the added lines it is plain Horovod."""
-    (diff,) = code_blocks(ROOT / "README.md", "diff")
+    (diff,) = code_blocks(ROOT / document, "diff")
     added = [line[1:] for line in diff.splitlines() if line.startswith("+")]
     assert len(added) <= 5
     script = (ROOT / "examples" / "quickstart.py").read_text()
@@ -49,7 +63,10 @@ def test_the_quickstart_runs_and_learns() -> None:
     assert losses[-1] < 0.5 < losses[0]
     saving = re.search(r"([\d.]+) times less", ended.stdout)
     assert saving, ended.stdout
-    assert float(saving[1]) > 20
+    (shown,) = code_blocks(ROOT / "docs" / "quickstart.md", "text")
+    of_the_document = re.search(r"([\d.]+) times less", shown)
+    assert of_the_document
+    assert float(saving[1]) == pytest.approx(float(of_the_document[1]), rel=0.03)  # the weights are random
 
 
 def test_every_compressor_is_in_the_example_that_compares_them_and_trains() -> None:
@@ -76,6 +93,53 @@ def test_the_operator_in_the_documents_works() -> None:
 def test_the_local_sgd_block_runs() -> None:
     (block,) = code_blocks(ROOT / "README.md", "python")
     exec(block, {"torch": torch, "model": torch.nn.Linear(3, 3)})
+
+
+def run_page(page: str, directory: str) -> list[str]:
+    """A tutorial's Python, from top to bottom, as one script; the names that it has made."""
+    before, names = os.getcwd(), {"__name__": "__main__"}
+    os.chdir(directory)
+    try:
+        for block in code_blocks(ROOT / "docs" / "tutorials" / f"{page}.md", "python"):
+            exec(block, names)
+    finally:
+        os.chdir(before)
+    return sorted(names)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_tutorials_run(world: World, page: str, tmp_path: Path) -> None:
+    names, _ = world.run(run_page, page, str(tmp_path))
+    assert len(names) > 5
+
+
+def test_no_python_in_a_document_is_left_out() -> None:
+    """Whoever writes a block of Python has to see to it that a test runs it."""
+    have = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS if code_blocks(path, "python")}
+    run_by_name = {f"docs/tutorials/{page}.md" for page in PAGES}
+    run_by_their_own_tests = {"README.md", "docs/how-it-works.md", "docs/slurm.md"}
+    shown_only = {"CONTRIBUTING.md"}  # a test, in the form in which tests are written here
+    assert have <= run_by_name | run_by_their_own_tests | shown_only
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_name_what_there_is(document: Path) -> None:
+    """Scripts, their options and targets of make, in every block without a language."""
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for block in code_blocks(document, ""):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.split("#")[0].split()
+            if words[:1] == ["make"]:
+                assert set(words[1:2]) <= set(targets), line
+            script = None
+            for word in words:
+                if re.fullmatch(r"(examples|slurm|scripts|benchmarks)/[\w/]+\.py", word):
+                    script = ROOT / word
+                    assert script.exists(), line
+                elif script and re.match(r"--[a-z]", word) and word != "--mpi":
+                    sources = "".join(path.read_text() for path in script.parent.glob("*.py"))
+                    assert f'"{word.split("=")[0]}"' in sources, f"{document.name}: {word} in {line}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

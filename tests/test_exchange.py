@@ -385,7 +385,7 @@ class Mutating:
         return getattr(self._exchange, name)
 
     def allgatherv(self, buffer: Any, place: int) -> Any:
-        if hvd.rank() == 1 and self.random.random() < 0.8:
+        if hvd.rank() == 1 and self.random.random() < 0.5:
             changed = bytearray(buffer.tobytes())
             buffer = np.frombuffer(mutated(changed, self.random), np.uint8).copy()
         return self._exchange.allgatherv(buffer, place)
