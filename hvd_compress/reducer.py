@@ -114,6 +114,7 @@ class Reducer(Sender):
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
         self._drop()
         self._exchange = self._watch = self._place = self._saved_as = None
+        self._awaited = [set(names) for names in self._buckets]  # as on ranks that are new
 
     def add(self, name: str, tensor: Tensor) -> None:
         """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks.
