@@ -37,10 +37,11 @@ class Watch:
     Args:
         communicator: of the ranks; a copy is made.
         timeout: seconds.
+        what: the ranks wait for each other in, before its number.
     """
 
-    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
-        self._watcher = _Watcher(communicator.Dup(), timeout)
+    def __init__(self, communicator: MPI.Intracomm, timeout: float, what: str = "exchange") -> None:
+        self._watcher = _Watcher(communicator.Dup(), timeout, what)
         if communicator.Get_size() > 1:
             self._watcher.start()
             weakref.finalize(self, self._watcher.retire).atexit = False  # where leave() comes
@@ -64,12 +65,13 @@ class Watch:
 class _Watcher:
     """The thread's side, which lives on until the program has no more use for the exchange."""
 
-    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
+    def __init__(self, communicator: MPI.Intracomm, timeout: float, what: str) -> None:
         # Configuration
         self._communicator = communicator
         self._rank = communicator.Get_rank()
         self._others = [rank for rank in range(communicator.Get_size()) if rank != self._rank]
         self._timeout = timeout
+        self._what = what
         self._process = os.getpid()
         # State. The program writes the first two, the thread reads them.
         self.since: float | None = None  # when this rank has come to an exchange, if it is in one
@@ -115,7 +117,7 @@ class _Watcher:
         waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
         if waiting:
             ranks = _list(waiting)
-            self._end_job(f"its program has ended, and exchange {self.done + 1} of rank(s) {ranks} waits for it")
+            self._end_job(f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it")
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
@@ -123,7 +125,7 @@ class _Watcher:
                 self._receive()
                 self._look(time.monotonic())
             elif self.since is not None:  # a Horovod that started MPI ends it as soon as one rank's program ends
-                self._say(f"exchange {self.done + 1} waits for a rank whose program has ended, and MPI with it")
+                self._say(f"{self._what} {self.done + 1} waits for a rank whose program has ended, and MPI with it")
                 os._exit(1)
 
     def _receive(self) -> None:
@@ -151,7 +153,9 @@ class _Watcher:
             return
         ended = [rank for rank, told in self._gone.items() if told["done"] <= done]
         if ended and now - max(since, *(self._gone[rank]["at"] for rank in ended)) > _ANSWER_SECONDS:
-            self._end_job(f"the program of rank(s) {_list(ended)} has ended, and exchange {done + 1} waits for them")
+            self._end_job(
+                f"the program of rank(s) {_list(ended)} has ended, and {self._what} {done + 1} waits for them"
+            )
         if self._asked is None:
             if now - since > self._timeout and now > self._quiet_until:
                 self._asked, self._told = now, {}
@@ -164,7 +168,7 @@ class _Watcher:
         silent = [rank for rank in self._others if rank not in self._told]
         if (self.since, self.done) == (since, done) and (absent or silent):
             self._end_job(self._verdict(now - since, absent, silent))
-        logger.warning("waiting since %.0f s in exchange %d, to which all ranks have come", now - since, done + 1)
+        logger.warning("all ranks have come to %s %d, and wait since %.0f s", self._what, done + 1, now - since)
         self._asked, self._quiet_until = None, now + self._timeout
 
     def _place(self) -> dict[str, Any]:
@@ -173,7 +177,7 @@ class _Watcher:
     def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
         missing = sorted([*absent, *silent])
         lines = [
-            f"rank(s) {_list(missing)} did not come to exchange {self.done + 1} within {waited:.0f} s "
+            f"rank(s) {_list(missing)} did not come to {self._what} {self.done + 1} within {waited:.0f} s "
             f"(timeout={self._timeout:g}; a larger one helps if they are only slow)"
         ]
         lines += [f"Rank {rank} is here:\n{told['stack']}" for rank, told in sorted(absent.items())]
