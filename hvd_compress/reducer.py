@@ -184,6 +184,8 @@ class Reducer(Sender):
 
     def _drop(self) -> None:
         super()._drop()
+        if self._watch is not None:
+            self._watch.give_up()
         self._here.clear()
         for bucket in self._departed:
             bucket.arrival.cancel()

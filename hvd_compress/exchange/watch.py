@@ -56,6 +56,10 @@ class Watch:
             raise PeerError("the program of another rank has ended, and MPI with it, while this one goes on")
         self._watcher.since = time.monotonic()
 
+    def give_up(self) -> None:
+        """This rank has come to an exchange for nothing: it does not come about."""
+        self._watcher.since = None
+
     def end(self) -> None:
         """The exchange is over, however it ended."""
         self._watcher.done += 1
@@ -94,7 +98,7 @@ class _Watcher:
         atexit.unregister(self.leave)
         self._stopped.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_ANSWER_SECONDS)
         if not MPI.Is_finalized():
             for rank in self._others:
                 self._send(rank, _GONE, self._place())
