@@ -1,7 +1,7 @@
 """Trains while ranks come and go: started by ``horovodrun`` in test_elastic.py.
 
-The number of ranks goes from 2 to 3, back to 2 as one is told to go, and on to 1 as one is killed. At the end, the model
-less the mean memory is where all uncompressed steps would have led, exactly.
+The number of ranks goes from 2 to 3, back to 2 as one is told to go, and on to 1 as one is killed. At the end, the
+model less the mean memory is where all uncompressed steps would have led, exactly.
 """
 
 from __future__ import annotations
