@@ -9,7 +9,7 @@ from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
 from .gradient import GradientCompressor
 from .ledger import Ledger, Traffic
 from .local_sgd import QsparseLocalSGD, post_local, sync_at
-from .resize import resize
+from .resizing import resize
 
 __version__ = "0.1.0"
 
