@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -390,6 +390,8 @@ class Compression(hvd.Compression):
         timeout: float = 300.0,
         communicator: MPI.Intracomm | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        exchange: str = "allgather",
+        nodes: Sequence[int] | None = None,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
 
@@ -410,6 +412,11 @@ class Compression(hvd.Compression):
             grad_scaler: the ``torch.amp.GradScaler`` in use with ``hvd.DistributedOptimizer``. The memory is then in
                 the units of unscaled gradients and stays right when the scale changes. ``QsparseLocalSGD``, whose
                 memory is in the units of the parameters, needs none.
+            exchange: how messages travel. ``"allgather"``: every rank receives every other rank's.
+                ``"hierarchical"``: gradients are summed densely inside each node and compressed between nodes. See
+                docs/scale.md for which one suits which cluster.
+            nodes: on which node each of Horovod's ranks is, for the exchanges that make use of it: a number for each
+                rank, equal for those that share a node. MPI knows, so this is for tests, or to divide large nodes.
 
         Raises:
             TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
@@ -419,7 +426,9 @@ class Compression(hvd.Compression):
             if memory not in MEMORIES:
                 raise ValueError(_unknown("memory", memory, MEMORIES))
             memory = MEMORIES[memory]
-        settings = Settings(operator, memory, dense_below, seed, timeout, process_set, communicator, grad_scaler)
+        settings = Settings(
+            operator, memory, dense_below, seed, timeout, process_set, communicator, grad_scaler, exchange, nodes
+        )
         return GradientCompressor(settings, named_parameters)
 
     @staticmethod

@@ -18,11 +18,11 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
+from .exchanges import AnyReducer, reducer
 from .kernels import is_finite
 from .ledger import Ledger
 from .membership import check_named_parameters, members
 from .operators import working_dtype
-from .reducer import Reducer
 from .settings import Settings
 
 
@@ -58,16 +58,7 @@ class GradientCompressor(Compressor):
         self._parameters = None if named_parameters is None else check_named_parameters(named_parameters)
         # State
         self._lock = threading.Lock()  # a model on two devices has two threads in its backward pass
-        self._reducer: Reducer | None = None
-        if self._parameters is not None:
-            self._reducer = Reducer(
-                {name: p.shape for name, p in self._parameters.items()},
-                operator=settings.operator,
-                memory=settings.memory(),
-                dense_below=settings.dense_below,
-                seed=settings.seed,
-                ledger=self.ledger,
-            )
+        self._reducer = None if self._parameters is None else reducer(settings, self._parameters, self.ledger)
         self._names = [] if self._parameters is None else list(reversed(self._parameters))  # as gradients arrive
         self._next = 0  # where in _names the next gradient is expected
         self._submitted: set[str] = set()  # since the last decompress
@@ -173,7 +164,7 @@ class GradientCompressor(Compressor):
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
 
-    def _bound(self) -> Reducer:
+    def _bound(self) -> AnyReducer:
         if self._reducer is None:
             raise RuntimeError(
                 "the compressor does not know the parameters, and Horovod does not tell it their names: give "
@@ -181,7 +172,7 @@ class GradientCompressor(Compressor):
             )
         return self._reducer
 
-    def _owner(self, tensor: Tensor) -> tuple[Reducer, str]:
+    def _owner(self, tensor: Tensor) -> tuple[AnyReducer, str]:
         """The name of the parameter whose gradient this is."""
         reducer = self._bound()
         assert self._parameters is not None

@@ -38,13 +38,21 @@ class Reducer(Sender):
 
     # State
     _exchange: Exchange | None = None
+    _called: Sequence[int] = ()  # what messages call the ranks
 
     @property
     def is_open(self) -> bool:
         """Whether the ranks have met."""
         return self._exchange is not None
 
-    def open(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> None:
+    def open(
+        self,
+        communicator: MPI.Intracomm,
+        ranks: Sequence[int],
+        expects: str,
+        timeout: float,
+        called: Sequence[int] | None = None,
+    ) -> None:
         """Meet the other ``ranks`` of ``communicator``. Collective over them.
 
         Args:
@@ -52,6 +60,7 @@ class Reducer(Sender):
             ranks: ascending, this one among them.
             expects: lines that must be the same on all ranks, besides what this reducer knows itself.
             timeout: seconds to wait for the other ranks.
+            called: numbers that errors call the ranks by, if not ``ranks``.
 
         Raises:
             RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
@@ -61,6 +70,7 @@ class Reducer(Sender):
 
         expects = f"{self._round} exchanges so far\n{expects}"
         self._exchange = Exchange(self._meet(communicator, ranks, expects, timeout))
+        self._called = ranks if called is None else called
 
     def reduce(self, step: int | None = None, *, overflow_elsewhere: bool = False) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
@@ -80,7 +90,7 @@ class Reducer(Sender):
         pending, failure = self._take()
         try:
             packets = self._swap_packets(pending, failure, step, overflow_elsewhere)
-            overflow = _overflow(packets, list(pending))
+            overflow = self._agree([(self._called[r], n) for r, n in _overflow(packets, list(pending))])
         except BaseException:
             self._rollback(pending)
             raise
@@ -134,16 +144,17 @@ class Reducer(Sender):
         self, received: Sequence[Any], names: list[str], step: int, device: torch.device
     ) -> list[wire.Packet]:
         packets = []
-        for rank, data in enumerate(received):
+        for rank, data in zip(self._called, received, strict=True):
             try:
                 packets.append(wire.decode(data, device))
             except WireError as error:
                 raise WireError(f"from rank {rank}: {error}") from None
-        failed = [f"rank {rank} failed: {p.failure}" for rank, p in enumerate(packets) if p.failure is not None]
+        by_rank = list(zip(self._called, packets, strict=True))
+        failed = [f"rank {rank} failed: {packet.failure}" for rank, packet in by_rank if packet.failure is not None]
         if failed:
             raise PeerError("; ".join(failed))
         ids = [self._ids[name] for name in names]
-        for rank, packet in enumerate(packets):
+        for rank, packet in by_rank:
             if packet.round != step:
                 raise RankMismatchError(f"rank {rank} exchanges at step {packet.round}, this rank at step {step}")
             if packet.ids != ids:

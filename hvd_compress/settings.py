@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
 
+EXCHANGES = ("allgather", "hierarchical")
+"""What ``exchange=`` may be."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How tensors are compressed, and between whom. See :class:`hvd_compress.Compression` for the meanings."""
@@ -29,6 +33,8 @@ class Settings:
     process_set: hvd.ProcessSet | None = None
     communicator: MPI.Intracomm | None = None
     grad_scaler: torch.amp.GradScaler | None = None
+    exchange: str = "allgather"
+    nodes: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator | Plan):
@@ -37,3 +43,7 @@ class Settings:
             raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}")
+        if self.nodes is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in self.nodes):
+            raise TypeError(f"nodes must be an integer for each rank, got {self.nodes!r}")

@@ -72,11 +72,12 @@ class Counting:
 
         def call(*arguments: Any, **options: Any) -> Any:
             result = original(*arguments, **options)
-            if name in ("Create_group", "Dup", "Split"):
+            if name in ("Create_group", "Dup", "Split", "Split_type"):
                 return Counting(result, self.counts)
-            if name in ("Isend", "Allgather", "Allgatherv"):
-                self.counts[name] = self.counts.get(name, 0) + np.asarray(arguments[0]).nbytes
-            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier")):
+            if name in ("Isend", "Allgather", "Allgatherv", "Allreduce", "Alltoall", "Alltoallv", "Bcast"):
+                buffer = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
+                self.counts[name] = self.counts.get(name, 0) + np.asarray(buffer).nbytes
+            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier", "Free")):
                 raise AssertionError(f"{name} is not counted")
             return result
 

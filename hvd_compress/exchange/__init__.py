@@ -2,7 +2,18 @@
 
 from .communicator import abort_on_uncaught_exception, check_world
 from .gather import Exchange
+from .node import Node
 from .rendezvous import rendezvous
 from .service import Service
+from .topology import Topology, topology
 
-__all__ = ["Exchange", "Service", "abort_on_uncaught_exception", "check_world", "rendezvous"]
+__all__ = [
+    "Exchange",
+    "Node",
+    "Service",
+    "Topology",
+    "abort_on_uncaught_exception",
+    "check_world",
+    "rendezvous",
+    "topology",
+]

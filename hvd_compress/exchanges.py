@@ -1,0 +1,30 @@
+"""Which reducer: the one place that knows all exchanges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import torch
+
+from .hierarchical import HierarchicalReducer
+from .ledger import Ledger
+from .reducer import Reducer
+from .settings import Settings
+
+AnyReducer: TypeAlias = Reducer | HierarchicalReducer
+
+
+def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], ledger: Ledger) -> AnyReducer:
+    """What sums the parameters' gradients, or changes, in the way that ``settings.exchange`` says."""
+    shapes = {name: p.shape for name, p in parameters.items()}
+    options: dict[str, Any] = {
+        "operator": settings.operator,
+        "memory": settings.memory(),
+        "dense_below": settings.dense_below,
+        "seed": settings.seed,
+        "ledger": ledger,
+    }
+    if settings.exchange == "hierarchical":
+        return HierarchicalReducer(shapes, **options, nodes=settings.nodes)
+    return Reducer(shapes, **options)

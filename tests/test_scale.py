@@ -1,0 +1,536 @@
+"""Exchanges that know which ranks share a node, or that share the work of summing."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import numpy as np
+import pytest
+import torch
+from models import Vectors, assert_replicas_identical, gradient, through_a_file
+from test_exchange import Counting, Fragile
+from torch import Tensor
+from world import World
+
+from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError
+from hvd_compress.exchanges import reducer
+from hvd_compress.hierarchical import Piece, cut
+from hvd_compress.ledger import Ledger
+from hvd_compress.membership import members
+from hvd_compress.operators import Operator
+from hvd_compress.wire import Message
+
+SHAPES = {"small": (9,), "wide": (30, 40), "none": (0,), "long": (5003,), "scalar": ()}
+EVEN, ODD, UNEVEN, ONE = [0, 0, 1, 1], [0, 1, 0, 1], [7, 7, 7, 3], [0, 0, 0, 0]
+
+
+def gradients(rank: int, step: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Whole numbers, whose sums and halves are exact."""
+    return {
+        name: (8 * gradient(shape, rank, step, which)).round().to(dtype)
+        for which, (name, shape) in enumerate(SHAPES.items())
+    }
+
+
+def step_of(model: Vectors, optimizer: Any, step: int) -> None:
+    optimizer.zero_grad()
+    model(gradients(hvd.rank(), step, next(model.parameters()).dtype)).backward()
+    optimizer.step()
+
+
+def sgd(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+def wrap(model: torch.nn.Module, compression: Any) -> Any:
+    return hvd.DistributedOptimizer(sgd(model), named_parameters=model.named_parameters(), compression=compression)
+
+
+def on_path(path: str, model: Vectors, **options: Any) -> tuple[Any, Any]:
+    """An optimizer, and what has the ledger and, in the end, the memory."""
+    if path == "gradient":
+        compression = Compression.topk(**options, named_parameters=model.named_parameters())
+        return wrap(model, compression), compression
+    optimizer = QsparseLocalSGD(
+        sgd(model), named_parameters=model.named_parameters(), compression=Compression.topk(**options)
+    )
+    return optimizer, optimizer
+
+
+def memories(state: Any) -> dict[str, Tensor]:
+    """All that a reducer's state holds as memory."""
+    state = state.get("qsparse_local_sgd", {}).get("average", state)
+    state = state.get("inner", state)
+    return {} if state is None else state["memory"]
+
+
+# Shards
+
+
+def test_shards_cover_all_elements_once_and_evenly() -> None:
+    sizes = {"a": 7, "empty": 0, "b": 1, "c": 12}
+    for shards in range(1, 25):
+        parts = cut(sizes, shards)
+        lengths = [sum(p.stop - p.start for p in part) for part in parts]
+        assert max(lengths) - min(lengths) <= 1
+        for name, size in sizes.items():
+            pieces = [p for part in parts for p in part if p.name == name]
+            assert [p.start for p in pieces] == [0, *(p.stop for p in pieces)][: len(pieces)]
+            assert not pieces or pieces[-1].stop == size
+            assert all(p.start < p.stop for p in pieces)
+
+
+def test_more_elements_than_an_int32_counts() -> None:
+    """A 7 B-parameter model's worth, none of which is allocated."""
+    large = 3_500_000_001
+    first, second, third = cut({"a": large, "b": 10, "c": large}, 3)
+    third_of_all = (2 * large + 10) // 3
+    assert first == [Piece("a", 0, third_of_all)]
+    assert second == [Piece("a", third_of_all, large), Piece("b", 0, 10), Piece("c", 0, second[2].stop)]
+    assert third == [Piece("c", second[2].stop, large)]
+
+
+def sums_in_a_node(owners: int, dtype: str) -> None:
+    from mpi4py import MPI
+
+    from hvd_compress.exchange import Node
+
+    node = Node(MPI.COMM_WORLD.Dup(), staged=10)  # so that vectors are cut in the middle
+    lengths = [[3, 0, 14], [], [25], [1, 1, 1]][:owners]
+
+    def contribution(rank: int) -> list[list[np.ndarray]]:
+        rng = np.random.default_rng(rank)
+        return [[rng.standard_normal(n).astype(dtype) for n in ns] for ns in lengths]
+
+    mine = contribution(node.rank)
+    untouched = [[v.copy() for v in vectors] for vectors in mine]
+    node.sum_at_owners(mine)
+    expected = contribution(0)
+    for rank in range(1, node.size):
+        for sums, vectors in zip(expected, contribution(rank), strict=True):
+            for total, vector in zip(sums, vectors, strict=True):
+                total += vector  # in rank order, to the bit
+    for owner, vectors in enumerate(mine):
+        wanted = expected[owner] if owner == node.rank else untouched[owner]
+        assert all(np.array_equal(a, b) for a, b in zip(vectors, wanted, strict=True))
+    itemsize = np.dtype(dtype).itemsize
+    assert node.sent == itemsize * sum(sum(n) for owner, n in enumerate(lengths) if owner != node.rank)
+    node.share(mine)
+    for vectors, sums in zip(mine, expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(vectors, sums, strict=True))
+
+
+@pytest.mark.ranks(1, 4)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_dense_sums_in_a_node(world: World, dtype: str) -> None:
+    for owners in {1, world.ranks}:
+        world.run(sums_in_a_node, owners, dtype)
+
+
+# The algorithm
+
+
+class NodesByDefinition:
+    """Top-k with error feedback where the worker is the node, computed on one rank from the definition."""
+
+    def __init__(self, nodes: Sequence[int], k: int, dense_below: int) -> None:
+        labels = list(dict.fromkeys(nodes))
+        self.members = [[r for r, n in enumerate(nodes) if n == label] for label in labels]
+        self.shards = min(map(len, self.members))
+        self.k, self.dense_below = k, dense_below
+        self.memories: list[dict[tuple[str, int], Tensor]] = [{} for _ in labels]
+
+    def average(self, by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        ranks, workers = len(by_rank), len(self.members)
+        sizes = {name: t.numel() for name, t in by_rank[0].items()}
+        result = {name: torch.zeros(size) for name, size in sizes.items()}
+        total, offset = sum(sizes.values()), 0
+        bounds = [total * i // self.shards for i in range(self.shards + 1)]
+        for name, size in sizes.items():
+            for low, high in itertools.pairwise(bounds):
+                start, stop = max(low - offset, 0), min(high - offset, size)
+                if start >= stop:
+                    continue
+                for node, members in enumerate(self.members):
+                    x = sum(by_rank[r][name].reshape(-1)[start:stop] for r in members) * (workers / ranks)
+                    result[name][start:stop] += self._sent(node, (name, start), torch.as_tensor(x)) / workers
+            offset += size
+        return {name: t.view(by_rank[0][name].shape) for name, t in result.items()}
+
+    def _sent(self, node: int, key: tuple[str, int], x: Tensor) -> Tensor:
+        if len(x) < self.dense_below:
+            return x
+        p = self.memories[node].get(key, torch.zeros_like(x)) + x
+        kept = torch.sort(p.abs(), descending=True, stable=True).indices[: self.k]
+        message = torch.zeros_like(p)
+        message[kept] = p[kept]
+        self.memories[node][key] = p - message
+        return message
+
+
+def follows_the_definition(path: str, nodes: Sequence[int]) -> None:
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path(path, model, k=40, dense_below=0, exchange="hierarchical", nodes=nodes)
+    reference, expected = NodesByDefinition(nodes, 40, 0), {name: torch.zeros(s) for name, s in SHAPES.items()}
+    for step in range(4):
+        step_of(model, optimizer, step)
+        average = reference.average([gradients(r, step) for r in range(hvd.size())])
+        for name, p in model.named_parameters():
+            expected[name] -= average[name]
+            assert torch.equal(p.detach(), expected[name]), (name, step)
+    assert_replicas_identical(list(model.parameters()))
+    labels = list(dict.fromkeys(nodes))
+    node = reference.memories[labels.index(nodes[hvd.rank()])]
+    for name, memory in memories(owner.state_dict()).items():
+        assert any(n == name and torch.equal(memory, m) for (n, _), m in node.items())
+    assert owner.ledger.exchanges == 4
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("nodes", [EVEN, ODD, UNEVEN, ONE])
+@pytest.mark.parametrize("path", ["gradient", "local"])
+def test_the_worker_is_the_node(world: World, path: str, nodes: list[int]) -> None:
+    world.run(follows_the_definition, path, nodes)
+
+
+@pytest.mark.ranks(8)
+@pytest.mark.parametrize("nodes", [[0, 0, 1, 1, 2, 2, 3, 3], [0, 0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 2, 2, 2, 2, 2]])
+def test_eight_ranks(world: World, nodes: list[int]) -> None:
+    world.run(follows_the_definition, "gradient", nodes)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def is_the_flat_exchange(path: str, dtype: torch.dtype) -> None:
+    """With one rank on each node: same parameters, memories and bytes, whatever the numbers are."""
+    runs = []
+    for options in ({}, {"exchange": "hierarchical", "nodes": list(range(hvd.size()))}):
+        model = Vectors(SHAPES, dtype)
+        optimizer, owner = on_path(path, model, ratio=0.05, dense_below=10, **options)
+        for step in range(3):
+            optimizer.zero_grad()
+            model({n: gradient(s, hvd.rank(), step, i, dtype) for i, (n, s) in enumerate(SHAPES.items())}).backward()
+            optimizer.step()
+        total = owner.ledger.total
+        runs.append((model.state_dict(), memories(owner.state_dict()), total.horovod, owner.ledger.exchanges))
+        assert total.node == 0
+    assert all(_same_bits(t, runs[1][0][n]) for n, t in runs[0][0].items())
+    assert runs[0][1].keys() == runs[1][1].keys() != set()
+    assert all(torch.equal(m, runs[1][1][n]) for n, m in runs[0][1].items())
+    assert runs[0][2:] == runs[1][2:]
+
+
+@pytest.mark.ranks(1, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_one_rank_on_each_node_is_the_flat_exchange(world: World, dtype: torch.dtype) -> None:
+    if world.ranks > 1:
+        world.run(is_the_flat_exchange, "gradient", dtype)
+    world.run(is_the_flat_exchange, "local", dtype)
+
+
+def mpi_finds_the_node() -> None:
+    """All ranks of this machine share memory."""
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("local", model, k=40, dense_below=0, exchange="hierarchical")
+    step_of(model, optimizer, 0)
+    reference = NodesByDefinition([0] * hvd.size(), 40, 0)
+    average = reference.average([gradients(r, 0) for r in range(hvd.size())])
+    assert all(torch.equal(-average[n], p.detach()) for n, p in model.named_parameters())
+    assert owner.ledger.total.node > 0
+
+
+@pytest.mark.ranks(4)
+def test_mpi_knows_who_shares_a_node(world: World) -> None:
+    world.run(mpi_finds_the_node)
+
+
+def stays_identical(dtype: torch.dtype, exchange: str, nodes: Sequence[int]) -> None:
+    """Any numbers, parameters unused on some ranks, another order on each."""
+    model = Vectors(SHAPES, dtype)
+    compression = Compression.qtopk(
+        ratio=0.02,
+        bits=4,
+        dense_below=0,
+        exchange=exchange,
+        nodes=nodes,
+        named_parameters=model.named_parameters(),
+    )
+    optimizer = wrap(model, compression)
+    for step in range(4):
+        optimizer.zero_grad()
+        mine = {
+            name: gradient(shape, hvd.rank(), step, which, dtype)
+            for which, (name, shape) in enumerate(SHAPES.items())
+            if (which + step + hvd.rank()) % 3
+        }
+        model(dict(sorted(mine.items(), reverse=hvd.rank() % 2 == 1))).backward()
+        optimizer.step()
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_replicas_are_identical(world: World, dtype: torch.dtype) -> None:
+    world.run(stays_identical, dtype, "hierarchical", UNEVEN)
+
+
+# What goes wrong
+
+
+def overflow_on_one_rank(path: str, options: dict[str, Any], who: int) -> None:
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path(path, model, k=30, dense_below=0, **options)
+    step_of(model, optimizer, 0)
+    before = {n: m.clone() for n, m in memories(owner.state_dict()).items()}
+    optimizer.zero_grad()
+    mine = gradients(hvd.rank(), 1)
+    if hvd.rank() == who:
+        mine["long"][4000] = float("inf")
+    model(mine).backward()
+    if path == "gradient":
+        optimizer.step()
+        assert not torch.isfinite(model.get_parameter("long")).all()
+    else:
+        with pytest.raises(FloatingPointError, match="long on rank"):
+            optimizer.step()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    after = memories(owner.state_dict())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(m, after[n]) for n, m in before.items())
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("path", ["gradient", "local"])
+@pytest.mark.parametrize("nodes", [EVEN, UNEVEN])
+def test_an_overflow_spoils_no_memory(world: World, path: str, nodes: list[int]) -> None:
+    for who in (1, 2):
+        world.run(overflow_on_one_rank, path, {"exchange": "hierarchical", "nodes": nodes}, who)
+
+
+class Unsent(Operator):
+    """Makes messages that cannot be packed when the tensor is heavy."""
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        indices = torch.tensor([1, 0] if float(x.sum()) > 1e6 else [0, 1])
+        message = Message.sparse(tuple(x.shape), torch.tensor([0, 1]), x[:2])
+        return Message(message.shape, indices, message.values)
+
+
+def opened(compression: Any, model: Vectors) -> Any:
+    """The reducer of a compressor, once the ranks have met."""
+    one = reducer(compression.settings, dict(model.named_parameters()), Ledger())
+    one.open(*members(None, None), "test", 30)
+    return one
+
+
+def fails_on_one_rank(operator: Operator, options: dict[str, Any], text: str, who: int) -> None:
+    one = opened(Compression.of(operator, dense_below=0, **options), Vectors({"w": (30,), "v": (20,)}))
+
+    def reduce(scale: float) -> dict[str, Tensor]:
+        one.add("w", scale * torch.arange(30.0))
+        one.add("v", torch.ones(20))
+        return one.reduce().sums
+
+    reduce(1.0)
+    before = {n: m.clone() for n, m in memories(one.state_dict()).items()}
+    with pytest.raises((PeerError, ArithmeticError, ValueError), match=text):
+        reduce(1e9 if hvd.rank() == who else 1.0)
+    assert all(torch.equal(before[n], m) for n, m in memories(one.state_dict()).items())
+    assert_replicas_identical(list(reduce(1.0).values()))  # and it goes on
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("nodes", [EVEN, ODD, UNEVEN])
+def test_an_operator_that_fails_on_one_rank(world: World, nodes: list[int]) -> None:
+    """On a node's sum, so on the owner of the shard; before and after the memory has compensated."""
+    options = {"exchange": "hierarchical", "nodes": nodes}
+    world.run(fails_on_one_rank, Fragile(), options, "too heavy", 2)
+    world.run(fails_on_one_rank, Unsent(), options, "ascending", 1)
+
+
+def differ(what: str, options: dict[str, Any]) -> None:
+    model = Vectors({"w": (30,), "v": (20,), "u": (10,)})
+    parameters = dict(model.named_parameters())
+    one = opened(Compression.topk(k=3, dense_below=0, **options), model)
+    last = hvd.rank() == hvd.size() - 1
+    for name in ("w", "v", *(["u"] if what == "tensors" and last else [])):
+        one.add(name, torch.ones(parameters[name].numel()))
+    if what == "type" and last:
+        one.add("u", torch.ones(10, dtype=torch.int64))
+    expected = {
+        "tensors": "do not send the same tensors: u",
+        "step": "exchanges at step|rank . failed",
+        "type": "only floating point",
+    }[what]
+    with pytest.raises((RankMismatchError, PeerError, TypeError), match=expected):
+        one.reduce(step=7 if what == "step" and last else 5)
+    for name in ("w", "v"):
+        one.add(name, torch.ones(parameters[name].numel()))
+    sums = one.reduce(step=8).sums
+    assert_replicas_identical(list(sums.values()))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("what", ["tensors", "step", "type"])
+def test_ranks_that_differ(world: World, what: str) -> None:
+    for nodes in (EVEN, UNEVEN):
+        world.run(differ, what, {"exchange": "hierarchical", "nodes": nodes})
+
+
+def disagree_about_nodes() -> str:
+    model = Vectors({"w": (30,)})
+    nodes = [0, 0, 1, hvd.rank() // 3]
+    optimizer, _ = on_path("local", model, k=3, dense_below=0, exchange="hierarchical", nodes=nodes)
+    model({"w": torch.ones(30)}).backward()
+    with pytest.raises(RankMismatchError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+@pytest.mark.ranks(4)
+def test_ranks_that_disagree_about_nodes(world: World) -> None:
+    texts = world.run(disagree_about_nodes)
+    assert len(set(texts)) == 1
+    assert "nodes=(0, 0, 1, 0)" in texts[0]
+    assert "nodes=(0, 0, 1, 1)" in texts[0]
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="exchange must be one of 'allgather'"):
+        Compression.topk(k=3, exchange="alltoall")
+    with pytest.raises(TypeError, match="an integer for each rank"):
+        Compression.topk(k=3, exchange="hierarchical", nodes=["a", "b"])
+    model = torch.nn.Linear(3, 3)
+    with pytest.raises(TypeError, match="keeps memories by node"):
+        QsparseLocalSGD(
+            sgd(model),
+            named_parameters=model.named_parameters(),
+            compression=Compression.topk(k=3, exchange="hierarchical"),
+            look_ahead=0.3,
+        )
+
+
+def too_few_nodes() -> None:
+    model = Vectors({"w": (30,)})
+    optimizer, _ = on_path("local", model, k=3, exchange="hierarchical", nodes=[0])
+    model({"w": torch.ones(30)}).backward()
+    with pytest.raises(ValueError, match="where 1 ranks are"):
+        optimizer.step()
+
+
+# State
+
+
+def resumes(path: str, options: dict[str, Any]) -> None:
+    def run(optimizer: Any, model: Vectors, steps: range) -> None:
+        for step in steps:
+            step_of(model, optimizer, step)
+
+    straight = Vectors(SHAPES)
+    optimizer, owner = on_path(path, straight, k=30, dense_below=0, **options)
+    run(optimizer, straight, range(3))
+    saved = through_a_file((straight.state_dict(), owner.state_dict()))
+    run(optimizer, straight, range(3, 6))
+
+    resumed = Vectors(SHAPES)
+    optimizer, again = on_path(path, resumed, k=30, dense_below=0, **options)
+    resumed.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    if path == "gradient":  # not a thing has changed by being loaded and saved
+        assert again.state_dict()["round"] == 3
+    run(optimizer, resumed, range(3, 6))
+    assert all(torch.equal(t, resumed.state_dict()[n]) for n, t in straight.state_dict().items())
+    ours, theirs = memories(again.state_dict()), memories(owner.state_dict())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(m, theirs[n]) for n, m in ours.items())
+    assert again.ledger.exchanges == 6
+    assert again.ledger.total.dense == owner.ledger.total.dense
+    owner.reset_memory()
+    assert not memories(owner.state_dict())
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("path", ["gradient", "local"])
+def test_resume_bit_for_bit(world: World, path: str) -> None:
+    world.run(resumes, path, {"exchange": "hierarchical", "nodes": UNEVEN})
+
+
+def another_layout() -> str:
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("gradient", model, k=30, exchange="hierarchical", nodes=EVEN)
+    step_of(model, optimizer, 0)
+    state = owner.state_dict()
+    with pytest.raises(ValueError, match="another exchange"):
+        on_path("gradient", model, k=30)[1].load_state_dict(state)
+    with pytest.raises(ValueError, match="another exchange"):
+        owner.load_state_dict(on_path("gradient", model, k=30)[1].state_dict())
+    optimizer, owner = on_path("gradient", model, k=30, exchange="hierarchical", nodes=ONE)
+    owner.load_state_dict(state)
+    optimizer.zero_grad()
+    loss = model(gradients(hvd.rank(), 1))
+    with pytest.raises(RankMismatchError) as caught:
+        loss.backward()
+    return str(caught.value)
+
+
+@pytest.mark.ranks(4)
+def test_a_state_of_other_nodes(world: World) -> None:
+    texts = world.run(another_layout)
+    assert len(set(texts)) == 1
+    assert "saved with other numbers of ranks on the nodes; here are 1 node(s) of 4 rank(s)" in texts[0]
+
+
+# The ledger
+
+
+def ledger_tells_the_truth(options: dict[str, Any]) -> tuple[int, int]:
+    from mpi4py import MPI
+
+    counting = Counting(MPI.COMM_WORLD)
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("local", model, k=30, dense_below=0, communicator=counting, **options)
+    for step in range(3):
+        step_of(model, optimizer, step)
+    total = owner.ledger.total
+    assert total.mpi + total.node == sum(counting.counts.values())
+    return total.mpi, total.node
+
+
+@pytest.mark.ranks(4)
+def test_the_ledger_is_what_mpi_was_given(world: World) -> None:
+    elements = 9 + 1200 + 5003 + 1
+    counts = world.run(ledger_tells_the_truth, {"exchange": "hierarchical", "nodes": EVEN})
+    assert all(3 * 4 * elements <= node < 3 * (4 * elements + 1000) for _, node in counts)
+    # A rank speaks of one shard: 40 elements of the cut tensor, 40 of another, 10 small ones, and the first meeting.
+    assert all(mpi < 3 * (90 * 5.5 + 100) + 200 for mpi, _ in counts)
+
+
+# Together with Horovod
+
+
+def in_a_process_set() -> None:
+    few = hvd.add_process_set([0, 2, 3])
+    if hvd.rank() != 1:
+        model = Vectors(SHAPES)
+        compression = Compression.topk(
+            k=30, dense_below=0, exchange="hierarchical", nodes=[0, 9, 0, 1], process_set=few
+        )
+        optimizer = QsparseLocalSGD(
+            sgd(model), named_parameters=model.named_parameters(), compression=compression, process_set=few
+        )
+        step_of(model, optimizer, 0)
+        reference = NodesByDefinition([0, 0, 1], 30, 0)
+        average = reference.average([gradients(r, 0) for r in (0, 2, 3)])
+        assert all(torch.allclose(-average[n], p.detach()) for n, p in model.named_parameters())
+    hvd.barrier()
+    hvd.remove_process_set(few)
+
+
+@pytest.mark.ranks(4)
+def test_a_process_set(world: World) -> None:
+    world.run(in_a_process_set)
