@@ -392,6 +392,7 @@ class Compression(hvd.Compression):
         grad_scaler: torch.amp.GradScaler | None = None,
         exchange: str = "allgather",
         nodes: Sequence[int] | None = None,
+        reselect: float = 1.0,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
 
@@ -413,10 +414,14 @@ class Compression(hvd.Compression):
                 the units of unscaled gradients and stays right when the scale changes. ``QsparseLocalSGD``, whose
                 memory is in the units of the parameters, needs none.
             exchange: how messages travel. ``"allgather"``: every rank receives every other rank's.
-                ``"hierarchical"``: gradients are summed densely inside each node and compressed between nodes. See
-                docs/scale.md for which one suits which cluster.
+                ``"hierarchical"``: gradients are summed densely inside each node and compressed between nodes.
+                ``"reduce_scatter"``: each rank sums a part of all elements, and what a rank receives does not grow
+                with the number of ranks. See docs/scale.md for which one suits which cluster.
             nodes: on which node each of Horovod's ranks is, for the exchanges that make use of it: a number for each
                 rank, equal for those that share a node. MPI knows, so this is for tests, or to divide large nodes.
+            reselect: with ``"reduce_scatter"``, how many elements the sum may have, as a multiple of what one rank
+                sends on average; what is left out is remembered by the rank that summed it. ``math.inf`` leaves
+                nothing out; without ``memory="residual"`` nothing ever is.
 
         Raises:
             TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
@@ -427,7 +432,17 @@ class Compression(hvd.Compression):
                 raise ValueError(_unknown("memory", memory, MEMORIES))
             memory = MEMORIES[memory]
         settings = Settings(
-            operator, memory, dense_below, seed, timeout, process_set, communicator, grad_scaler, exchange, nodes
+            operator,
+            memory,
+            dense_below,
+            seed,
+            timeout,
+            process_set,
+            communicator,
+            grad_scaler,
+            exchange,
+            nodes,
+            reselect,
         )
         return GradientCompressor(settings, named_parameters)
 

@@ -10,9 +10,10 @@ import torch
 from .hierarchical import HierarchicalReducer
 from .ledger import Ledger
 from .reducer import Reducer
+from .scattered import ScatteredReducer
 from .settings import Settings
 
-AnyReducer: TypeAlias = Reducer | HierarchicalReducer
+AnyReducer: TypeAlias = Reducer | HierarchicalReducer | ScatteredReducer
 
 
 def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], ledger: Ledger) -> AnyReducer:
@@ -27,4 +28,6 @@ def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], le
     }
     if settings.exchange == "hierarchical":
         return HierarchicalReducer(shapes, **options, nodes=settings.nodes)
+    if settings.exchange == "reduce_scatter":
+        return ScatteredReducer(shapes, **options, reselect=settings.reselect)
     return Reducer(shapes, **options)

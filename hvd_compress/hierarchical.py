@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from .ledger import Ledger
 from .meeting import Place, meet, statement
 from .memory import Memory
 from .operators import Operator, working_dtype
+from .pieces import Piece, cut, even_ends
 from .reducer import Reduced, Reducer
 from .schedules import Plan
 from .sender import Overflow
@@ -38,36 +38,6 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from .exchange import Exchange, Node, Topology
 
 _STATE_FORMAT = "hierarchical 1"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, stop) of a flattened tensor."""
-
-    name: str
-    start: int
-    stop: int
-
-
-def cut(sizes: Mapping[str, int], shards: int) -> list[list[Piece]]:
-    """Divide the concatenation of tensors of these sizes into ``shards`` parts that differ by one element at most.
-
-    A piece has no fewer than one element, so that an empty tensor has none.
-    """
-    total = sum(sizes.values())
-    ends = [total * (i + 1) // shards for i in range(shards)]
-    parts: list[list[Piece]] = [[] for _ in range(shards)]
-    offset = shard = 0
-    for name, size in sizes.items():
-        start = 0
-        while start < size:
-            while ends[shard] <= offset + start:
-                shard += 1
-            stop = min(size, ends[shard] - offset)
-            parts[shard].append(Piece(name, start, stop))
-            start = stop
-        offset += size
-    return parts
 
 
 class HierarchicalReducer:
@@ -164,7 +134,7 @@ class HierarchicalReducer:
         labels = None if self._nodes is None else [self._nodes[rank] for rank in ranks]
         self._topology, sent = topology(private, labels)
         self._ledger.shared.mpi += sent
-        self._parts = cut(self._sizes, self._topology.shards)
+        self._parts = cut(self._sizes, even_ends(sum(self._sizes.values()), self._topology.shards))
         node, local = self._topology.place(place[0])
         self._check_loaded(private, node, local)
         group, together = private.Get_group(), self._topology.nodes[node]
@@ -180,7 +150,7 @@ class HierarchicalReducer:
     def _open_shard(self, across: MPI.Intracomm, shard: int, called: list[int], expects: str, timeout: float) -> None:
         """Meet the owners of the same shard on the other nodes."""
         inner = Reducer(
-            {piece.name: torch.Size([piece.stop - piece.start]) for piece in self._parts[shard]},
+            {piece.name: torch.Size([len(piece)]) for piece in self._parts[shard]},
             operator=self._operator,
             memory=self._memory,
             dense_below=self._dense_below,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
 
-EXCHANGES = ("allgather", "hierarchical")
+EXCHANGES = ("allgather", "hierarchical", "reduce_scatter")
 """What ``exchange=`` may be."""
 
 
@@ -35,6 +35,7 @@ class Settings:
     grad_scaler: torch.amp.GradScaler | None = None
     exchange: str = "allgather"
     nodes: Sequence[int] | None = None
+    reselect: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator | Plan):
@@ -47,3 +48,5 @@ class Settings:
             raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}")
         if self.nodes is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in self.nodes):
             raise TypeError(f"nodes must be an integer for each rank, got {self.nodes!r}")
+        if not self.reselect > 0:
+            raise ValueError(f"reselect must be positive, got {self.reselect!r}")

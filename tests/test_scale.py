@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,10 +18,11 @@ from world import World
 
 from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError
 from hvd_compress.exchanges import reducer
-from hvd_compress.hierarchical import Piece, cut
 from hvd_compress.ledger import Ledger
 from hvd_compress.membership import members
-from hvd_compress.operators import Operator
+from hvd_compress.operators import QSGD, Operator, RandK, Rotated, Sign, TopK, compose
+from hvd_compress.pieces import Piece, cut, even_ends
+from hvd_compress.scattered import equal_parts, select_again
 from hvd_compress.wire import Message
 
 SHAPES = {"small": (9,), "wide": (30, 40), "none": (0,), "long": (5003,), "scalar": ()}
@@ -73,7 +75,7 @@ def memories(state: Any) -> dict[str, Tensor]:
 def test_shards_cover_all_elements_once_and_evenly() -> None:
     sizes = {"a": 7, "empty": 0, "b": 1, "c": 12}
     for shards in range(1, 25):
-        parts = cut(sizes, shards)
+        parts = cut(sizes, even_ends(20, shards))
         lengths = [sum(p.stop - p.start for p in part) for part in parts]
         assert max(lengths) - min(lengths) <= 1
         for name, size in sizes.items():
@@ -86,7 +88,7 @@ def test_shards_cover_all_elements_once_and_evenly() -> None:
 def test_more_elements_than_an_int32_counts() -> None:
     """A 7 B-parameter model's worth, none of which is allocated."""
     large = 3_500_000_001
-    first, second, third = cut({"a": large, "b": 10, "c": large}, 3)
+    first, second, third = cut({"a": large, "b": 10, "c": large}, even_ends(2 * large + 10, 3))
     third_of_all = (2 * large + 10) // 3
     assert first == [Piece("a", 0, third_of_all)]
     assert second == [Piece("a", third_of_all, large), Piece("b", 0, 10), Piece("c", 0, second[2].stop)]
@@ -154,8 +156,8 @@ class NodesByDefinition:
                 start, stop = max(low - offset, 0), min(high - offset, size)
                 if start >= stop:
                     continue
-                for node, members in enumerate(self.members):
-                    x = sum(by_rank[r][name].reshape(-1)[start:stop] for r in members) * (workers / ranks)
+                for node, together in enumerate(self.members):
+                    x = sum(by_rank[r][name].reshape(-1)[start:stop] for r in together) * (workers / ranks)
                     result[name][start:stop] += self._sent(node, (name, start), torch.as_tensor(x)) / workers
             offset += size
         return {name: t.view(by_rank[0][name].shape) for name, t in result.items()}
@@ -249,7 +251,7 @@ def test_mpi_knows_who_shares_a_node(world: World) -> None:
     world.run(mpi_finds_the_node)
 
 
-def stays_identical(dtype: torch.dtype, exchange: str, nodes: Sequence[int]) -> None:
+def stays_identical(dtype: torch.dtype, exchange: str, nodes: Sequence[int] | None) -> None:
     """Any numbers, parameters unused on some ranks, another order on each."""
     model = Vectors(SHAPES, dtype)
     compression = Compression.qtopk(
@@ -277,6 +279,149 @@ def stays_identical(dtype: torch.dtype, exchange: str, nodes: Sequence[int]) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_replicas_are_identical(world: World, dtype: torch.dtype) -> None:
     world.run(stays_identical, dtype, "hierarchical", UNEVEN)
+    world.run(stays_identical, dtype, "reduce_scatter", None)
+
+
+# Reduce-scatter
+
+
+def ranks_share_the_summing(dtype: torch.dtype, reselect: float) -> None:
+    """Nothing is lost: what was applied and what all memories hold are what all ranks had; each step, exactly."""
+    model = Vectors(SHAPES, dtype)
+    compression = Compression.topk(
+        k=40,
+        dense_below=0,
+        exchange="reduce_scatter",
+        reselect=reselect,
+        named_parameters=model.named_parameters(),
+    )
+    optimizer = wrap(model, compression)
+    given = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
+    for step in range(5):
+        step_of(model, optimizer, step)
+        for rank in range(hvd.size()):
+            for name, g in gradients(rank, step, dtype).items():
+                given[name] += g
+        waiting = memories(compression.state_dict())
+        for name, p in model.named_parameters():
+            remembered = waiting.get(name, torch.zeros(p.numel(), dtype=p.dtype)).double()
+            total = hvd.allreduce(remembered, op=hvd.Sum, name=f"memory {name}").view(p.shape)
+            assert torch.equal(total - hvd.size() * p.detach().double(), given[name]), (name, step)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(1, 4)
+def test_nothing_is_lost_where_the_sum_is_selected_again(world: World) -> None:
+    if world.ranks > 1:
+        world.run(ranks_share_the_summing, torch.float32, 1.0)
+        world.run(ranks_share_the_summing, torch.float64, 0.5)
+
+
+@pytest.mark.ranks(8)
+def test_nothing_is_lost_on_eight_ranks(world: World) -> None:
+    world.run(ranks_share_the_summing, torch.float32, 1.0)
+
+
+def is_the_flat_sum(path: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Without a second selection it is the flat exchange, to the bit."""
+    runs = []
+    for more in ({}, {"exchange": "reduce_scatter", "reselect": math.inf}):
+        model = Vectors(SHAPES, dtype)
+        optimizer, owner = on_path(path, model, **options, **more)
+        for step in range(3):
+            optimizer.zero_grad()
+            model({n: gradient(s, hvd.rank(), step, i, dtype) for i, (n, s) in enumerate(SHAPES.items())}).backward()
+            optimizer.step()
+        runs.append((model.state_dict(), memories(owner.state_dict())))
+    for mine, theirs in zip(*runs, strict=True):
+        assert mine.keys() == theirs.keys() != set()
+        assert all(torch.equal(t, theirs[n]) for n, t in mine.items())
+
+
+@pytest.mark.ranks(1, 4)
+@pytest.mark.parametrize("path", ["gradient", "local"])
+def test_the_whole_union_is_the_flat_sum(world: World, path: str) -> None:
+    if world.ranks > 1 or path == "local":
+        world.run(is_the_flat_sum, path, torch.float32, {"ratio": 0.05, "dense_below": 10})
+        world.run(is_the_flat_sum, path, torch.float64, {"k": 3, "dense_below": 0})
+        world.run(is_the_flat_sum, path, torch.float16, {"ratio": 0.9, "dense_below": 0})
+
+
+def selected_by_hand(ranks_values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
+    one = opened(
+        Compression.topk(k=2, dense_below=0, exchange="reduce_scatter"), Vectors({"w": (len(ranks_values[0]),)})
+    )
+    one.add("w", torch.tensor(ranks_values[hvd.rank()]))
+    total = one.reduce().sums["w"].tolist()
+    return total, memories(one.state_dict())["w"].tolist()
+
+
+@pytest.mark.ranks(2)
+def test_a_second_selection_by_hand(world: World) -> None:
+    """Rank 0 selects 9 and -8, rank 1 8 and 7. Regions end at (2 + 6) // 2 = 4."""
+    values = [[9.0, 0.0, -8.0, 1.0, 0.0, 0.0, 2.0, 0.0], [0.0, 0.0, 8.0, 0.0, 3.0, 0.0, 7.0, 0.0]]
+    (total, first), (same, second) = world.run(selected_by_hand, values)
+    # Of three values in the first region ceil(3 / 2) return, after 8 has cancelled -8; the second has one.
+    assert total == same == [9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 0.0]
+    assert first == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 2.0, 0.0]
+    assert second == [0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
+
+
+def test_selecting_again() -> None:
+    total = torch.tensor([0.0, 5.0, -7.0, 0.0, 1.0] + [0.0] * 95)
+    message, rest = select_again(total, 1.5)
+    assert message.indices is not None
+    assert rest is not None
+    assert message.indices.tolist() == [1, 2]
+    assert torch.equal(message.decode() + rest, total)
+    assert select_again(total, math.inf)[1] is None
+    empty, rest = select_again(torch.zeros(100), 0.0)
+    assert (len(empty.values), rest) == (0, None)
+    nan = torch.tensor([0.0, float("nan"), 2.0] + [0.0] * 97)
+    assert torch.isnan(select_again(nan, 1)[0].decode()[1])
+
+
+@pytest.mark.parametrize("absent", [0, 1, 2, 3, 4, 50])
+def test_a_dense_union_is_sent_dense_where_that_is_shorter(absent: int) -> None:
+    total = torch.arange(1.0, 101.0)
+    total[:absent] = 0
+    message, rest = select_again(total, math.inf)
+    dense = Message.dense(total)
+    indices = torch.nonzero(total).reshape(-1)
+    sparse = Message.sparse((100,), indices, total[indices])
+    assert rest is None
+    assert torch.equal(message.decode(), total)
+    assert (message.indices is None) == (absent <= 3)
+    # The coder leaves zeros out of sparse messages, and makes full ones dense.
+    assert len(message.to_bytes()) <= min(len(sparse.to_bytes()), len(dense.to_bytes())) + 3
+
+
+def test_regions_have_equally_many_survivors() -> None:
+    sparse = Message.sparse((1000,), torch.tensor([1, 2, 3, 500]), torch.ones(4))
+    dense = Message.dense(torch.ones(4))
+    empty = Message.sparse((10**10,), torch.tensor([], dtype=torch.int64), torch.tensor([]))
+    late = Message.sparse((10**10,), torch.tensor([7, 10**10 - 1]), torch.ones(2))
+    ends = equal_parts([sparse, dense, empty, late], 5)
+    assert ends == [3, 1000, 1002, 1004 + 10**10 + 7, 1004 + 2 * 10**10]
+    assert equal_parts([sparse], 1) == [1000]
+    assert equal_parts([Message.sparse((9,), torch.tensor([4]), torch.ones(1))], 3) == [4, 4, 9]
+
+
+def test_messages_that_can_be_divided() -> None:
+    x = gradient((100,), 0, 0)
+    for operator in (
+        TopK(k=20),
+        RandK(k=20),
+        compose(TopK(k=20), QSGD(bits=4, norm="max", bucket=0)),
+        compose(TopK(k=20), Sign()),
+        TopK(k=100),
+    ):
+        message = operator.encode(x)
+        parts = [message.part(start, stop).decode() for start, stop in ((0, 30), (30, 30), (30, 100))]
+        assert torch.equal(torch.cat(parts), message.decode())
+    for undividable in (QSGD(bits=4, bucket=10), Rotated(bits=4)):
+        with pytest.raises(TypeError, match="cannot be divided"):
+            undividable.encode(x).part(0, 100)
 
 
 # What goes wrong
@@ -306,10 +451,11 @@ def overflow_on_one_rank(path: str, options: dict[str, Any], who: int) -> None:
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("path", ["gradient", "local"])
-@pytest.mark.parametrize("nodes", [EVEN, UNEVEN])
-def test_an_overflow_spoils_no_memory(world: World, path: str, nodes: list[int]) -> None:
+def test_an_overflow_spoils_no_memory(world: World, path: str) -> None:
     for who in (1, 2):
-        world.run(overflow_on_one_rank, path, {"exchange": "hierarchical", "nodes": nodes}, who)
+        world.run(overflow_on_one_rank, path, {"exchange": "hierarchical", "nodes": EVEN}, who)
+        world.run(overflow_on_one_rank, path, {"exchange": "hierarchical", "nodes": UNEVEN}, who)
+        world.run(overflow_on_one_rank, path, {"exchange": "reduce_scatter"}, who)
 
 
 class Unsent(Operator):
@@ -332,7 +478,7 @@ def fails_on_one_rank(operator: Operator, options: dict[str, Any], text: str, wh
     one = opened(Compression.of(operator, dense_below=0, **options), Vectors({"w": (30,), "v": (20,)}))
 
     def reduce(scale: float) -> dict[str, Tensor]:
-        one.add("w", scale * torch.arange(30.0))
+        one.add("w", scale * torch.arange(1.0, 31.0))
         one.add("v", torch.ones(20))
         return one.reduce().sums
 
@@ -351,6 +497,19 @@ def test_an_operator_that_fails_on_one_rank(world: World, nodes: list[int]) -> N
     options = {"exchange": "hierarchical", "nodes": nodes}
     world.run(fails_on_one_rank, Fragile(), options, "too heavy", 2)
     world.run(fails_on_one_rank, Unsent(), options, "ascending", 1)
+
+
+@pytest.mark.ranks(4)
+def test_an_operator_that_fails_on_one_of_the_ranks_that_sum(world: World) -> None:
+    world.run(fails_on_one_rank, Fragile(), {"exchange": "reduce_scatter"}, "too heavy", 2)
+    world.run(messages_cannot_be_divided)
+
+
+def messages_cannot_be_divided() -> None:
+    one = opened(Compression.qsgd(bits=4, exchange="reduce_scatter", dense_below=0), Vectors({"w": (3000,)}))
+    one.add("w", torch.ones(3000))
+    with pytest.raises(TypeError, match="cannot be divided among ranks"):
+        one.reduce()
 
 
 def differ(what: str, options: dict[str, Any]) -> None:
@@ -380,6 +539,7 @@ def differ(what: str, options: dict[str, Any]) -> None:
 def test_ranks_that_differ(world: World, what: str) -> None:
     for nodes in (EVEN, UNEVEN):
         world.run(differ, what, {"exchange": "hierarchical", "nodes": nodes})
+    world.run(differ, what, {"exchange": "reduce_scatter"})
 
 
 def disagree_about_nodes() -> str:
@@ -458,6 +618,7 @@ def resumes(path: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", ["gradient", "local"])
 def test_resume_bit_for_bit(world: World, path: str) -> None:
     world.run(resumes, path, {"exchange": "hierarchical", "nodes": UNEVEN})
+    world.run(resumes, path, {"exchange": "reduce_scatter"})
 
 
 def another_layout() -> str:
@@ -465,7 +626,7 @@ def another_layout() -> str:
     optimizer, owner = on_path("gradient", model, k=30, exchange="hierarchical", nodes=EVEN)
     step_of(model, optimizer, 0)
     state = owner.state_dict()
-    with pytest.raises(ValueError, match="another exchange"):
+    with pytest.raises(ValueError, match="expected a compressor's state of format 1"):
         on_path("gradient", model, k=30)[1].load_state_dict(state)
     with pytest.raises(ValueError, match="another exchange"):
         owner.load_state_dict(on_path("gradient", model, k=30)[1].state_dict())
@@ -506,6 +667,7 @@ def test_the_ledger_is_what_mpi_was_given(world: World) -> None:
     elements = 9 + 1200 + 5003 + 1
     counts = world.run(ledger_tells_the_truth, {"exchange": "hierarchical", "nodes": EVEN})
     assert all(3 * 4 * elements <= node < 3 * (4 * elements + 1000) for _, node in counts)
+    assert all(node == 0 for _, node in world.run(ledger_tells_the_truth, {"exchange": "reduce_scatter"}))
     # A rank speaks of one shard: 40 elements of the cut tensor, 40 of another, 10 small ones, and the first meeting.
     assert all(mpi < 3 * (90 * 5.5 + 100) + 200 for mpi, _ in counts)
 

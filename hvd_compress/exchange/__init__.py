@@ -4,12 +4,14 @@ from .communicator import abort_on_uncaught_exception, check_world
 from .gather import Exchange
 from .node import Node
 from .rendezvous import rendezvous
+from .scatter import Scatter
 from .service import Service
 from .topology import Topology, topology
 
 __all__ = [
     "Exchange",
     "Node",
+    "Scatter",
     "Service",
     "Topology",
     "abort_on_uncaught_exception",
