@@ -1,7 +1,7 @@
 """Bytes over the network card and seconds for one exchange of gradients, by exchange; what scale.py runs in a lab.
 
-The first rank prints one line of JSON. Run it with benchmarks/lab.py, or with any mpirun on machines whose network card
-is given with --card.
+The first rank prints one line of JSON. Run it with benchmarks/lab.py, or with any mpirun on machines whose network
+card is given with --card.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="One exchange of ResNet-50's gradients, by exchange.")
     parser.add_argument("--ratio", type=float, default=0.01, help="of the elements (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="whose bytes are counted (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=0, help="of one step each that are timed (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="of one step each that are timed (default: %(default)s)"
+    )
     parser.add_argument("--elements", type=int, help="take the first tensors with so many (default: all)")
     parser.add_argument("--card", default="eth0", help="network card (default: %(default)s)")
     args = parser.parse_args()

@@ -1,10 +1,11 @@
 """A small cluster on this machine: nodes with a network card, host name and shared memory of their own.
 
-    sudo python benchmarks/lab.py --nodes 4 --ranks-per-node 2 --rate 1gbit -- python -c 'import os; print(os.uname())'
+    sudo python benchmarks/lab.py --nodes 4 --ranks-per-node 2 -- python -c 'import os; print(os.uname())'
 
-Each node is a network namespace whose card (a veth pair) is plugged into a bridge; a token bucket holds the card up in
-both directions. Open MPI starts ranks there through an agent in the place of ssh, takes shared memory within a node,
-and TCP over the cards between nodes. Needs root, and the programs ip, tc and unshare. Everything ends with the program.
+Each node is a network namespace whose card (a veth pair) is plugged into a bridge; a token bucket holds the card up
+in both directions. Open MPI starts ranks there through an agent in the place of ssh, takes shared memory within a
+node, and TCP over the cards between nodes. Needs root, and the programs ip, tc and unshare. Everything ends with the
+program.
 """
 
 from __future__ import annotations

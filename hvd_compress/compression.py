@@ -416,7 +416,8 @@ class Compression(hvd.Compression):
             exchange: how messages travel. ``"allgather"``: every rank receives every other rank's.
                 ``"hierarchical"``: gradients are summed densely inside each node and compressed between nodes.
                 ``"reduce_scatter"``: each rank sums a part of all elements, and what a rank receives does not grow
-                with the number of ranks. See docs/scale.md for which one suits which cluster.
+                with the number of ranks. ``"auto"``: measures once, and chooses among these. See docs/scale.md for
+                which one suits which cluster.
             nodes: on which node each of Horovod's ranks is, for the exchanges that make use of it: a number for each
                 rank, equal for those that share a node. MPI knows, so this is for tests, or to divide large nodes.
             reselect: with ``"reduce_scatter"``, how many elements the sum may have, as a multiple of what one rank

@@ -7,13 +7,14 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .auto import AutoReducer
 from .hierarchical import HierarchicalReducer
 from .ledger import Ledger
 from .reducer import Reducer
 from .scattered import ScatteredReducer
 from .settings import Settings
 
-AnyReducer: TypeAlias = Reducer | HierarchicalReducer | ScatteredReducer
+AnyReducer: TypeAlias = Reducer | HierarchicalReducer | ScatteredReducer | AutoReducer
 
 
 def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], ledger: Ledger) -> AnyReducer:
@@ -26,8 +27,14 @@ def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], le
         "seed": settings.seed,
         "ledger": ledger,
     }
-    if settings.exchange == "hierarchical":
-        return HierarchicalReducer(shapes, **options, nodes=settings.nodes)
-    if settings.exchange == "reduce_scatter":
-        return ScatteredReducer(shapes, **options, reselect=settings.reselect)
-    return Reducer(shapes, **options)
+
+    def make(exchange: str) -> Reducer | HierarchicalReducer | ScatteredReducer:
+        if exchange == "hierarchical":
+            return HierarchicalReducer(shapes, **options, nodes=settings.nodes)
+        if exchange == "reduce_scatter":
+            return ScatteredReducer(shapes, **options, reselect=settings.reselect)
+        return Reducer(shapes, **options)
+
+    if settings.exchange == "auto":
+        return AutoReducer(make, shapes, **options, nodes=settings.nodes, reselect=settings.reselect)
+    return make(settings.exchange)

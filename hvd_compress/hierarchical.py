@@ -121,17 +121,15 @@ class HierarchicalReducer:
             RankMismatchError: see there; also when the state that was loaded is of other shards than these.
             ValueError: ``nodes`` does not speak of all ranks.
         """
-        from .exchange import Exchange, Node, topology
+        from .exchange import Exchange, Node, labels_of, topology
 
-        if self._nodes is not None and len(self._nodes) <= ranks[-1]:
-            raise ValueError(f"nodes=… says where {len(self._nodes)} ranks are, there are {ranks[-1] + 1} or more")
+        labels = labels_of(self._nodes, ranks)
         by = "shared memory" if self._nodes is None else f"nodes={self._nodes}"
         expects = f"exchange hierarchical by {by}\n{self._round} exchanges so far\n{expects}"
         mine = statement(self._shapes, self._operator, self._memory, self._dense_below, self._seed, expects)
         saved_as = None if self._loaded is None else self._loaded["place"]
         private, place, sent = meet(communicator, ranks, mine, saved_as, timeout)
         self._ledger.shared.mpi += sent
-        labels = None if self._nodes is None else [self._nodes[rank] for rank in ranks]
         self._topology, sent = topology(private, labels)
         self._ledger.shared.mpi += sent
         self._parts = cut(self._sizes, even_ends(sum(self._sizes.values()), self._topology.shards))

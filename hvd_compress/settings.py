@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
 
-EXCHANGES = ("allgather", "hierarchical", "reduce_scatter")
+EXCHANGES = ("allgather", "hierarchical", "reduce_scatter", "auto")
 """What ``exchange=`` may be."""
 
 

@@ -74,10 +74,10 @@ class Counting:
             result = original(*arguments, **options)
             if name in ("Create_group", "Dup", "Split", "Split_type"):
                 return Counting(result, self.counts)
-            if name in ("Isend", "Allgather", "Allgatherv", "Allreduce", "Alltoall", "Alltoallv", "Bcast"):
+            if name in ("Isend", "Send", "Allgather", "Allgatherv", "Allreduce", "Alltoall", "Alltoallv", "Bcast"):
                 buffer = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
                 self.counts[name] = self.counts.get(name, 0) + np.asarray(buffer).nbytes
-            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Ibarrier", "Free")):
+            elif name[0].isupper() and not name.startswith(("Get_", "Irecv", "Recv", "Ibarrier", "Barrier", "Free")):
                 raise AssertionError(f"{name} is not counted")
             return result
 

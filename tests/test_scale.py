@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from test_exchange import Counting, Fragile
 from torch import Tensor
 from world import World
 
-from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError
+from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError, costs, node_process_set
 from hvd_compress.exchanges import reducer
 from hvd_compress.ledger import Ledger
 from hvd_compress.membership import members
@@ -672,7 +673,150 @@ def test_the_ledger_is_what_mpi_was_given(world: World) -> None:
     assert all(mpi < 3 * (90 * 5.5 + 100) + 200 for mpi, _ in counts)
 
 
+# Choosing
+
+
+def chooses(options: dict[str, Any]) -> tuple[str, list[str], int]:
+    from mpi4py import MPI
+
+    counting = Counting(MPI.COMM_WORLD)
+    model = Vectors(SHAPES)
+    compression = Compression.topk(k=40, dense_below=0, exchange="auto", communicator=counting, **options)
+    optimizer = QsparseLocalSGD(sgd(model), named_parameters=model.named_parameters(), compression=compression)
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("hvd_compress")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        step_of(model, optimizer, 0)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    total = optimizer.ledger.total
+    assert total.mpi + total.node == sum(counting.counts.values())
+    state = through_a_file(optimizer.state_dict())
+    choice = state["qsparse_local_sgd"]["average"]["choice"]
+
+    again = Vectors(SHAPES)
+    again.load_state_dict(model.state_dict())
+    compression = Compression.topk(k=40, dense_below=0, exchange="auto", **options)
+    resumed = QsparseLocalSGD(sgd(again), named_parameters=again.named_parameters(), compression=compression)
+    resumed.load_state_dict(state)
+    step_of(model, optimizer, 1)
+    step_of(again, resumed, 1)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in model.state_dict().items())
+    assert_replicas_identical(list(model.parameters()))
+    return choice, texts, len(memories(state["qsparse_local_sgd"]["average"]["chosen"]))
+
+
+@pytest.mark.ranks(1, 4)
+def test_auto_chooses_the_same_on_all_ranks_says_why_and_keeps_to_it(world: World) -> None:
+    for nodes in ([0] * world.ranks, [0, 0, 1, 1][: world.ranks]):
+        choices, texts, _ = zip(*world.run(chooses, {"nodes": nodes}), strict=True)
+        assert len(set(choices)) == 1
+        assert [len(t) for t in texts] == [1] + [0] * (world.ranks - 1)
+        assert f"exchange {choices[0]}: expected are allgather" in texts[0][0]
+        assert f"Measured on {len(set(nodes))} node(s)" in texts[0][0]
+
+
+def auto_fails_on_one_rank() -> None:
+    one = opened(Compression.of(Fragile(), dense_below=0, exchange="auto"), Vectors({"w": (30,)}))
+    one.add("w", torch.full((30,), 1e9 if hvd.rank() == 1 else 1.0))
+    with pytest.raises((PeerError, ArithmeticError), match="too heavy"):
+        one.reduce()
+    one.add("w", torch.ones(30))
+    assert_replicas_identical(list(one.reduce().sums.values()))
+
+
+@pytest.mark.ranks(4)
+def test_an_operator_that_fails_while_auto_chooses(world: World) -> None:
+    world.run(auto_fails_on_one_rank)
+
+
+def measures_selection_of_all_ranks() -> None:
+    from mpi4py import MPI
+
+    from hvd_compress.exchange import union
+
+    mask = np.zeros(64, np.bool_)
+    mask[[0, 1 + hvd.rank(), 8 * hvd.rank()]] = True
+    together, added_up, _ = union(MPI.COMM_WORLD, mask)
+    places = {0} | {1 + r for r in range(4)} | {8 * r for r in range(4)}
+    assert (together, added_up) == (len(places), 2 + 3 * 3)
+
+
+@pytest.mark.ranks(4)
+def test_the_union_of_selections(world: World) -> None:
+    world.run(measures_selection_of_all_ranks)
+
+
+def cluster(nodes: int, ranks: int, gbit: float = 10.0) -> costs.Cluster:
+    return costs.Cluster(nodes, ranks, costs.Link(2e-5, gbit / 8 * 1e9), costs.Link(1e-6, 1e10))
+
+
+def test_costs_are_what_the_algorithms_send() -> None:
+    work = costs.Work(elements=25_000_000, dense=1e8, message=1.3e6)
+    assert costs.allgather(cluster(4, 1), work).between == 3 * 1.3e6
+    # Of a node's two ranks, each sends half of a shard's messages.
+    assert costs.hierarchical(cluster(4, 2), work).between == costs.allgather(cluster(4, 1), work).between
+    assert costs.hierarchical(cluster(4, 2), work).within == 1e8
+    for nodes in (2, 4, 64):
+        assert costs.hierarchical(cluster(nodes, 1), work) == costs.allgather(cluster(nodes, 1), work)
+        two = costs.reduce_scatter(cluster(nodes, 1), work).between
+        assert two == pytest.approx(2 * 1.3e6 * (nodes - 1) / nodes)
+    assert costs.dense(cluster(4, 1), work).between == pytest.approx(2 * 1e8 * 3 / 4)
+    assert [f(cluster(1, 4), work).between for f in costs.EXCHANGES.values()] == [0, 0, 0]
+    # Bruck's algorithm on two nodes of four: distances 1, 2 and 4 cross with 1, 2 and 4 ranks, of as many blocks.
+    assert costs.allgather(cluster(2, 4), work).between == 21 * 1.3e6
+    assert costs.allgather(cluster(4, 4), work).between == 15 * 1.3e6  # a ring: each message enters a node once
+
+
+def test_more_is_never_faster() -> None:
+    work = costs.Work(25_000_000, 1e8, 1.3e6, union=2.0, select=1e-9, pack=1e-3, open=1e-3, packet=1e-4)
+    for function in (*costs.EXCHANGES.values(), costs.dense):
+        seconds = [function(cluster(4, 2, gbit), work).seconds for gbit in (1, 10, 100)]
+        assert seconds == sorted(seconds, reverse=True)
+        assert function(cluster(64, 8), work).seconds > function(cluster(4, 8), work).seconds
+
+
 # Together with Horovod
+
+
+def two_levels(nodes: list[int]) -> None:
+    """Gradients are averaged inside a node in each step, and parameters across nodes in every second one."""
+    model = Vectors(SHAPES)
+    node = node_process_set(nodes)
+    inner = hvd.DistributedOptimizer(sgd(model), named_parameters=model.named_parameters(), process_set=node)
+    compression = Compression.topk(
+        k=40, dense_below=0, exchange="hierarchical", nodes=nodes, process_set=hvd.global_process_set
+    )
+    optimizer = QsparseLocalSGD(
+        inner, named_parameters=model.named_parameters(), compression=compression, sync_every=2
+    )
+    reference, expected = NodesByDefinition(nodes, 40, 0), {name: torch.zeros(s) for name, s in SHAPES.items()}
+    together = [r for r in range(hvd.size()) if nodes[r] == nodes[hvd.rank()]]
+    for step in range(4):
+        step_of(model, optimizer, step)
+        if step % 2:
+            both = [[gradients(r, s) for s in (step - 1, step)] for r in range(hvd.size())]
+            average = reference.average([{n: a[n] + b[n] for n in SHAPES} for a, b in both])
+            expected = {name: total - average[name] for name, total in expected.items()}
+            for name, p in model.named_parameters():
+                assert torch.equal(p.detach(), expected[name]), (name, step)
+        else:
+            mine = [gradients(r, step) for r in together]
+            for name, p in model.named_parameters():
+                mean = sum(m[name] for m in mine) / len(together)
+                assert torch.equal(p.detach(), expected[name] - mean)
+    assert optimizer.ledger.exchanges == 2
+
+
+@pytest.mark.ranks(4)
+def test_two_levels_of_local_sgd(world: World) -> None:
+    world.run(two_levels, EVEN)
+    world.close()  # whose process sets other tests would meet
 
 
 def in_a_process_set() -> None:

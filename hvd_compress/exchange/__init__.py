@@ -3,10 +3,11 @@
 from .communicator import abort_on_uncaught_exception, check_world
 from .gather import Exchange
 from .node import Node
+from .probe import probe, union
 from .rendezvous import rendezvous
 from .scatter import Scatter
 from .service import Service
-from .topology import Topology, topology
+from .topology import Topology, labels_of, topology
 
 __all__ = [
     "Exchange",
@@ -16,6 +17,9 @@ __all__ = [
     "Topology",
     "abort_on_uncaught_exception",
     "check_world",
+    "labels_of",
+    "probe",
     "rendezvous",
     "topology",
+    "union",
 ]

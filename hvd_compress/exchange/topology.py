@@ -29,6 +29,17 @@ class Topology:
         return f"{len(self.nodes)} node(s) of {' or '.join(map(str, sizes))} rank(s)"
 
 
+def labels_of(nodes: Sequence[int] | None, ranks: Sequence[int]) -> list[int] | None:
+    """The entries of ``nodes``, which has one for each of Horovod's ranks, for some of them.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    if nodes is not None and len(nodes) <= max(ranks):
+        raise ValueError(f"nodes=… says where {len(nodes)} ranks are, there are {max(ranks) + 1} or more")
+    return None if nodes is None else [nodes[rank] for rank in ranks]
+
+
 def topology(communicator: MPI.Intracomm, nodes: Sequence[int] | None = None) -> tuple[Topology, int]:
     """Which ranks of ``communicator`` share a node. Collective.
 
