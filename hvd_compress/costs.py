@@ -1,8 +1,8 @@
 """What an exchange costs, in closed form: an α–β model of links, and time by element and by packet for the processor.
 
 All ranks of a node share one network card, full duplex; within the node each rank copies at the node's bandwidth. The
-volumes are those of the algorithms that Open MPI uses: pairwise messages for alltoall, Bruck's algorithm (few ranks) or
-a ring (many) for allgather, a ring for a dense allreduce.
+volumes are those of the algorithms that Open MPI uses: pairwise messages for alltoall, neighbour exchange, Bruck's
+algorithm or a ring, by the number of ranks, for allgather, and a ring for a dense allreduce.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-BRUCK_BELOW = 16
-"""Ranks from which on an allgather is a ring: Open MPI's rule for large buffers."""
+NEIGHBOURS_BELOW, BRUCK_BELOW = 8, 16
+"""Ranks below which Open MPI gathers large buffers by neighbour exchange and by Bruck's algorithm; else in a ring."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,10 @@ def _gather(cluster: Cluster, buffer: float) -> tuple[float, float]:
     ranks, local = cluster.ranks, cluster.ranks_per_node
     if cluster.nodes == 1:
         return 0.0, 0.0
-    if ranks >= BRUCK_BELOW:
+    if ranks < NEIGHBOURS_BELOW and local % 2 == 0:
+        # A rank exchanges two blocks with its left and its right neighbour in turn; every other time it is local.
+        return 4 * math.ceil((ranks // 2 - 1) / 2) * buffer, ranks / 2 * cluster.between.latency
+    if ranks < NEIGHBOURS_BELOW or ranks >= BRUCK_BELOW:
         return (ranks - 1) * buffer, (ranks - 1) * cluster.between.latency
     volume, distance = 0.0, 1
     while distance < ranks:

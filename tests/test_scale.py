@@ -770,6 +770,7 @@ def test_costs_are_what_the_algorithms_send() -> None:
     assert [f(cluster(1, 4), work).between for f in costs.EXCHANGES.values()] == [0, 0, 0]
     # Bruck's algorithm on two nodes of four: distances 1, 2 and 4 cross with 1, 2 and 4 ranks, of as many blocks.
     assert costs.allgather(cluster(2, 4), work).between == 21 * 1.3e6
+    assert costs.allgather(cluster(2, 2), work).between == 4 * 1.3e6  # both of a node's ranks exchange two blocks
     assert costs.allgather(cluster(4, 4), work).between == 15 * 1.3e6  # a ring: each message enters a node once
 
 
