@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
 
     Chosen: TypeAlias = Reducer | HierarchicalReducer | ScatteredReducer
 
-_STATE_FORMAT = "auto 1"
+STATE_FORMAT = "auto 1"
 _WINDOW = 1 << 16  # elements in which the union of all ranks' selections is counted
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ class AutoReducer:
             raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
         chosen = None if self._chosen is None else self._chosen.state_dict()
         return {
-            "format": _STATE_FORMAT,
+            "format": STATE_FORMAT,
             "choice": self.choice,
             "chosen": chosen,
             "op": "Average",
@@ -282,9 +282,9 @@ class AutoReducer:
         Raises:
             ValueError: the state is of another format, rank or model, or another choice was made already.
         """
-        if state.get("format") != _STATE_FORMAT:
+        if state.get("format") != STATE_FORMAT:
             raise ValueError(
-                f"expected a state of format {_STATE_FORMAT!r}, got {state.get('format')!r}: it was saved with "
+                f"expected a state of format {STATE_FORMAT!r}, got {state.get('format')!r}: it was saved with "
                 "another exchange=…"
             )
         if self.choice not in (None, state["choice"]):

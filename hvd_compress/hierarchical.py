@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
 
     from .exchange import Exchange, Node, Topology, Watch
 
-_STATE_FORMAT = "hierarchical 1"
+STATE_FORMAT = "hierarchical 1"
 _START, _DIFFERENCE, _OUTCOME = range(3)  # what the ranks of a node talk about in an exchange, in this order
 
 
@@ -365,7 +365,7 @@ class HierarchicalReducer:
         if self._loaded is not None:
             return dict(self._loaded)
         return {
-            "format": _STATE_FORMAT,
+            "format": STATE_FORMAT,
             "round": self._round,
             "seed": self._seed,
             "place": self._place,
@@ -381,9 +381,9 @@ class HierarchicalReducer:
         Raises:
             ValueError: the state is of another exchange or format, of other tensors, or of another rank.
         """
-        if state.get("format") != _STATE_FORMAT:
+        if state.get("format") != STATE_FORMAT:
             raise ValueError(
-                f"expected a state of format {_STATE_FORMAT!r}, got {state.get('format')!r}: it was saved with "
+                f"expected a state of format {STATE_FORMAT!r}, got {state.get('format')!r}: it was saved with "
                 "another exchange=…"
             )
         strange = [] if state["inner"] is None else [n for n in state["inner"]["memory"] if n not in self._sizes]
