@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import horovod.torch as hvd
 from ranks import fail
 
+from hvd_compress.settings import EXCHANGES
+
 # The paper's settings for ImageNet, and what suits 1,442 small images on a CPU.
 IMAGENET: dict[str, Any] = {
     "epochs": 90,
@@ -96,6 +98,12 @@ def parse_arguments(description: str | None) -> argparse.Namespace:
     amount.add_argument("--ratio", type=float, help="part of each tensor that is sent, instead of --k: 0.01, say")
     group.add_argument(
         "--dense-below", type=int, default=1000, help="tensors with fewer elements are sent whole (%(default)s)"
+    )
+    group.add_argument(
+        "--exchange",
+        choices=EXCHANGES,
+        default="allgather",
+        help="how messages travel; for many ranks see docs/scale.md (%(default)s)",
     )
     group.add_argument("--sync-every", type=positive, help=f"local steps per exchange {default('sync_every')}")
     group.add_argument(

@@ -239,6 +239,7 @@ def make_compression(method: Method, model: nn.Module, args: argparse.Namespace)
         k=args.k,
         ratio=args.ratio,
         dense_below=args.dense_below,
+        exchange=args.exchange,
         named_parameters=model.named_parameters(),
     )
 
