@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -176,8 +177,14 @@ def _call(command: str) -> None:
     subprocess.run(command.split(), check=True, capture_output=True, text=True)
 
 
+def end_on_sigterm() -> None:
+    """Let a lab be taken down when the program is told to end."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def main() -> None:
     """Command line."""
+    end_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=4, help="how many (default: %(default)s)")
     parser.add_argument("--ranks-per-node", type=int, default=2, help="on each (default: %(default)s)")

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lab import Lab, missing
+from lab import Lab, end_on_sigterm, missing
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +35,7 @@ def main() -> None:
     args = parser.parse_args()
     if reason := missing():
         sys.exit(f"no lab, nothing was measured: {reason}")
+    end_on_sigterm()
     os.environ["OMP_NUM_THREADS"] = "1"
     for rate, layout in itertools.product(args.rates, args.layouts):
         nodes, ranks = map(int, layout.split("x"))

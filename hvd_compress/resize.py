@@ -66,8 +66,8 @@ def resize(change: Change, states: Sequence[Any]) -> Any:
         return _auto(change, states)
     if first.get("format") == hierarchical.STATE_FORMAT:
         raise ValueError(
-            "it was saved with exchange='hierarchical', which keeps memories by node: as many ranks on each node go on "
-            "as have saved, or none of them with its compressor's state"
+            "it was saved with exchange='hierarchical', which keeps memories by node: as many ranks on each node go "
+            "on as have saved, or none of them with its compressor's state"
         )
     if STATE_KEY in first:
         return _local_sgd(change, states)

@@ -17,7 +17,15 @@ from test_exchange import Counting, Fragile
 from torch import Tensor
 from world import World
 
-from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError, costs, node_process_set
+from hvd_compress import (
+    AsyncQsparseLocalSGD,
+    Compression,
+    PeerError,
+    QsparseLocalSGD,
+    RankMismatchError,
+    costs,
+    node_process_set,
+)
 from hvd_compress.exchanges import reducer
 from hvd_compress.ledger import Ledger
 from hvd_compress.membership import members
@@ -566,7 +574,15 @@ def test_settings_that_cannot_be() -> None:
         Compression.topk(k=3, exchange="alltoall")
     with pytest.raises(TypeError, match="an integer for each rank"):
         Compression.topk(k=3, exchange="hierarchical", nodes=["a", "b"])
+    with pytest.raises(ValueError, match="reselect must be positive"):
+        Compression.topk(k=3, exchange="reduce_scatter", reselect=0)
     model = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="each one sends to servers"):
+        AsyncQsparseLocalSGD(
+            sgd(model),
+            named_parameters=model.named_parameters(),
+            compression=Compression.topk(k=3, exchange="auto"),
+        )
     with pytest.raises(TypeError, match="keeps memories by node"):
         QsparseLocalSGD(
             sgd(model),
@@ -582,6 +598,11 @@ def too_few_nodes() -> None:
     model({"w": torch.ones(30)}).backward()
     with pytest.raises(ValueError, match="where 1 ranks are"):
         optimizer.step()
+
+
+@pytest.mark.ranks(4)
+def test_nodes_that_do_not_speak_of_all_ranks(world: World) -> None:
+    world.run(too_few_nodes)
 
 
 # State
