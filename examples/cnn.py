@@ -68,12 +68,15 @@ def main() -> None:
 
     images, labels = load(args.data, train=True)
     generator = torch.Generator().manual_seed(args.seed)
+    losses = []
     for _ in tqdm(range(args.epochs), unit="epoch", disable=None if hvd.rank() == 0 else True):
         for batch in torch.randperm(len(labels), generator=generator).split(args.batch_size * hvd.size())[:-1]:
             own = batch[hvd.rank() :: hvd.size()]
             optimizer.zero_grad()
-            F.cross_entropy(model(images[own]), labels[own]).backward()
+            loss = F.cross_entropy(model(images[own]), labels[own])
+            loss.backward()
             optimizer.step()
+            losses.append(loss.item())
 
     test_images, test_labels = (part[hvd.rank() :: hvd.size()] for part in load(args.data, train=False))
     model.eval()
@@ -81,7 +84,7 @@ def main() -> None:
         right = torch.cat([model(part).argmax(1) for part in test_images.split(256)]) == test_labels
     accuracy = float(hvd.allreduce(right.float().mean(), name="accuracy"))
     if hvd.rank() == 0:
-        print(f"accuracy {accuracy:.1%}")
+        print(f"loss {losses[0]:.2f} at first, {losses[-1]:.2f} at last; accuracy {accuracy:.1%}")
         if settings:  # Horovod's own compressors count nothing
             print(compression.ledger.total)
 

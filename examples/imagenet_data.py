@@ -6,14 +6,13 @@ import argparse
 import hashlib
 import struct
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from imagenet_shards import Shards, has_shards
 from PIL import Image
-from ranks import device
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -269,15 +268,3 @@ def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     options["pin_memory"] = torch.cuda.is_available()
     # A generator of its own: to seed the workers must not move the global one, whose state is part of a checkpoint.
     return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), collate_fn=collate, **options)
-
-
-def on_device(batches: Iterable[Batch], channels_last: bool) -> Iterator[Batch]:
-    """The batches, one after the other, where the model is.
-
-    With ``channels_last`` only the images get that layout, which activations then take over. The weights keep
-    theirs, and so do their gradients: Horovod refuses gradients in another one, as they are not contiguous.
-    """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    for batch in batches:
-        images = batch.images.to(device(), non_blocking=True).contiguous(memory_format=layout)
-        yield batch._replace(images=images, labels=batch.labels.to(device(), non_blocking=True))

@@ -1,15 +1,17 @@
-"""The model, and what is kept beside its weights: batch-norm statistics and a moving average."""
+"""The model, how images come to it, and what is kept beside its weights."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
 import torch
 import torchvision
+from imagenet_data import Batch
+from ranks import device
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -19,6 +21,18 @@ from hvd_compress import Ledger
 def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """One of torchvision's residual networks, with random weights."""
     return torchvision.models.get_model(args.arch, num_classes=classes, zero_init_residual=args.zero_init)
+
+
+def on_device(batches: Iterable[Batch], channels_last: bool) -> Iterator[Batch]:
+    """The batches, one after the other, where the model is.
+
+    With ``channels_last`` only the images get that layout, which activations then take over. The weights keep
+    theirs, and so do their gradients: Horovod refuses gradients in another one, as they are not contiguous.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    for batch in batches:
+        images = batch.images.to(device(), non_blocking=True).contiguous(memory_format=layout)
+        yield batch._replace(images=images, labels=batch.labels.to(device(), non_blocking=True))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_norm: bool) -> list[dict[str, Any]]:

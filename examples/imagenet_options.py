@@ -173,8 +173,12 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
     option("--grow-from", None, "image size of the first epoch, from where it grows in steps of 32", type=positive)
     option("--grow-until", 2, "the epoch that first has --image-size", type=positive)
     option("--eval-size", None, "image size in validation (--image-size)", type=positive)
-    option("--augment", "crop", "crop: random crops and flips, validation of the centre; none: whole images",
-           choices=["crop", "none"])  # fmt: skip
+    option(
+        "--augment",
+        "crop",
+        "crop: random crops and flips, validation of the centre; none: whole images",
+        choices=["crop", "none"],
+    )
     option("--workers", 8, "processes that read images, for each rank", type=int)
 
     group = parser.add_argument_group("communication")
@@ -194,14 +198,27 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
     option("--dense-below", 1000, "tensors with fewer elements are sent whole", type=int)
     option("--exchange", "allgather", "how messages travel; for many ranks see docs/scale.md", choices=EXCHANGES)
     option("--sync-every", 8, "local steps per exchange", type=positive)
-    option("--batch-norm", "local", "statistics: each rank's own, or averaged in each exchange; in validation the "
-           "average is used anyway", choices=["local", "averaged"])  # fmt: skip
-    option("--compare", False, "train once more, from the same seed, with plain Horovod in fp32, and draw both",
-           action="store_true")  # fmt: skip
+    option(
+        "--batch-norm",
+        "local",
+        "statistics: each rank's own, or averaged in each exchange; in validation the average is used anyway",
+        choices=["local", "averaged"],
+    )
+    option(
+        "--compare",
+        False,
+        "train once more, from the same seed, with plain Horovod in fp32, and draw both",
+        action="store_true",
+    )
 
     group = parser.add_argument_group("training")
-    option("--arch", "resnet50", "of torchvision: resnet18, resnet50, resnext50_32x4d, …", choices=architectures(),
-           metavar="NAME")  # fmt: skip
+    option(
+        "--arch",
+        "resnet50",
+        "of torchvision: resnet18, resnet50, resnext50_32x4d, …",
+        choices=architectures(),
+        metavar="NAME",
+    )
     option("--epochs", 90, "", type=positive)
     option("--batch-size", 256, "images per rank and step", type=positive)
     option("--accumulate", 1, "parts in which they pass through the model, to save memory", type=positive)
@@ -215,8 +232,12 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
     option("--decay-norm", True, "weight decay on batch norm too")
     option("--zero-init", True, "residual branches start as zero, so that a larger learning rate works")
     option("--label-smoothing", 0.0, "", type=float)
-    option("--ema", 0.0, "decay per step of a moving average of the weights, which is validated then; 0.9999, say",
-           type=float)  # fmt: skip
+    option(
+        "--ema",
+        0.0,
+        "decay per step of a moving average of the weights, which is validated then; 0.9999, say",
+        type=float,
+    )
     option("--amp", "none", "16-bit computations", choices=["none", "bf16", "fp16"])
     option("--channels-last", False, "layout of images and activations")
     option("--compile", False, "torch.compile")
@@ -224,14 +245,24 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
     option("--limit-train-batches", None, "stop each epoch early, for a trial", type=positive)
 
     group = parser.add_argument_group("output")
-    option("--output", Path("runs/imagenet-resnet50"), "directory of settings, metrics, TensorBoard, weights",
-           type=Path)  # fmt: skip
-    option("--checkpoint", None, "directory that all nodes see: save there, also when the job is told to end, and go "
-           "on from there (OUTPUT/checkpoint)", type=Path)  # fmt: skip
+    option(
+        "--output", Path("runs/imagenet-resnet50"), "directory of settings, metrics, TensorBoard, weights", type=Path
+    )
+    option(
+        "--checkpoint",
+        None,
+        "directory that all nodes see: save there, also when the job is told to end, and go "
+        "on from there (OUTPUT/checkpoint)",
+        type=Path,
+    )
     option("--no-checkpoint", False, "save none: an interrupted run is lost", action="store_true")
     option("--checkpoint-every", 500, "steps, in case that a node fails", type=positive)
-    option("--resume", "auto", "auto: go on from the newest checkpoint, if any; never: delete it and begin anew",
-           choices=["auto", "never"])  # fmt: skip
+    option(
+        "--resume",
+        "auto",
+        "auto: go on from the newest checkpoint, if any; never: delete them and begin anew",
+        choices=["auto", "never"],
+    )
     option("--evaluate", None, "train nothing: validate these weights, a run's best.pt for instance", type=Path)
     return parser, defaults
 

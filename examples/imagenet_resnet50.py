@@ -33,9 +33,9 @@ import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
 from embedded_images import write_digits
-from imagenet_data import Augmented, EpochSampler, Images, Transforms, loader, on_device, open_images
+from imagenet_data import Augmented, EpochSampler, Images, Transforms, loader, open_images
 from imagenet_epochs import Epoch, Times, describe, describe_model, summary
-from imagenet_model import MovingAverage, Statistics, make_model
+from imagenet_model import MovingAverage, Statistics, make_model, on_device
 from imagenet_optimizer import lr_factor, make_steps
 from imagenet_options import (
     PLAIN_HOROVOD,
@@ -72,7 +72,6 @@ def main() -> None:
     methods = [chosen_method(args), PLAIN_HOROVOD] if args.compare else [chosen_method(args)]
     say(f"{hvd.size()} ranks, {torch.get_num_threads()} threads each, {device()}; settings: {settings_in_use(args)}")
     run = on_all_ranks(lambda: RunDirectory(args.output))
-    on_all_ranks(lambda: run.write("config.yaml", heading() + as_recipe(args)))
 
     curves: list[list[Epoch]] = []
     for method in methods:
@@ -138,6 +137,7 @@ def train(
     )
     done = resumable.load() or {"epoch": 1, "step": 0, "loss": 0.0, "seconds": 0.0, "curve": []}
     curve = [Epoch(**record) for record in done["curve"]]
+    on_all_ranks(lambda: run.write("config.yaml", heading() + as_recipe(args)))
     name = run_name(method, args)
     say(describe_model(name, args))
     run.open_board(name, (done["epoch"] - 1) * steps + done["step"])

@@ -9,8 +9,8 @@ from itertools import chain
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from imagenet_data import EveryOther, Images, Transforms, Whole, loader, on_device
-from imagenet_model import make_model
+from imagenet_data import EveryOther, Images, Transforms, Whole, loader
+from imagenet_model import make_model, on_device
 from ranks import device, fail, on_all_ranks, say
 from run_directory import RunDirectory
 from torch import nn

@@ -34,7 +34,7 @@ class Resumable:
         save_every: steps from one checkpoint to the next, in case that a node fails.
         ask_every: steps after which the ranks agree on whether to go on. With local steps, take their period: to
             agree makes the ranks wait for each other.
-        afresh: whether to delete what another run has left in the directory.
+        afresh: whether to delete the checkpoints that are there.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Resumable:
         self._save_every = save_every
         self._ask_every = ask_every
         if afresh and directory is not None:
-            on_all_ranks(lambda: shutil.rmtree(directory) if hvd.rank() == 0 and directory.exists() else None)
+            on_all_ranks(lambda: _delete(directory) if hvd.rank() == 0 else None)
         self._checkpoints = None if directory is None else Checkpoints(directory)
         self._interruption = None if directory is None else Interruption()
 
@@ -108,3 +108,8 @@ class Resumable:
         state = {name: part.state_dict() for name, part in self._parts.items()}
         own = {"settings": self._settings, "random": random_state(), "progress": dict(progress)}
         self._checkpoints.save(number, {**state, **own})
+
+
+def _delete(directory: Path) -> None:
+    for checkpoint in directory.glob("step-*"):
+        shutil.rmtree(checkpoint)

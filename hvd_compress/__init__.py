@@ -10,7 +10,7 @@ from .gradient import GradientCompressor
 from .ledger import Ledger, Traffic
 from .local_sgd import QsparseLocalSGD, post_local, sync_at
 from .membership import node_process_set
-from .resize import resize
+from .resizing import resize
 
 __version__ = "0.1.0"
 

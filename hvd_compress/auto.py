@@ -297,6 +297,8 @@ class AutoReducer:
             self.choice, self._chosen = state["choice"], chosen
         self._ledger.load_state_dict(state["ledger"])
         self._pending, self._failure = {}, None
+        if self._watch is not None:
+            self._watch.give_up()
 
     def reset_memory(self) -> None:
         """Forget what the memory holds. Do it on all ranks, between exchanges."""

@@ -219,6 +219,8 @@ class Interruption:
 
     Args:
         signals: SIGTERM is what a preemption sends, SIGUSR2 what submitit asks Slurm for.
+        timeout: seconds that a rank waits in :meth:`agreed` for the others, before it ends the job with the names of
+            those who are missing.
         communicator: mpi4py's, of all of Horovod's ranks in their order; None for MPI's world.
     """
 
@@ -226,9 +228,13 @@ class Interruption:
         self,
         signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT),
         *,
+        timeout: float = 600.0,
         communicator: MPI.Intracomm | None = None,
     ) -> None:
         self._communicator = _private(communicator)
+        from .exchange import Watch
+
+        self._watch = Watch(self._communicator, timeout, "Interruption.agreed() no.")
         self._requested = False
         self._blocked = {*signals} - {signal.SIGINT}
         # Threads that exist already may still receive them, so a handler is needed too.
@@ -247,7 +253,11 @@ class Interruption:
         One MPI allreduce of a number, which also makes each rank wait for the slowest; with local steps, call it
         where the ranks exchange anyway.
         """
-        return bool(self._communicator.allreduce(int(self.requested)))
+        self._watch.begin()
+        try:
+            return bool(self._communicator.allreduce(int(self.requested)))
+        finally:
+            self._watch.end()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._requested:

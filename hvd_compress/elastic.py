@@ -30,7 +30,7 @@ from .gradient import GradientCompressor
 from .local_sgd import STATE_KEY, QsparseLocalSGD
 from .membership import Change
 from .memory import ESTIMATE, MASS
-from .resize import resize
+from .resizing import resize
 
 
 class MemoryHandler(StateHandler):
@@ -59,7 +59,7 @@ class MemoryHandler(StateHandler):
 
     def restore(self) -> None:
         """Back to the last commit. Not collective."""
-        self.value.load_state_dict(self._own)
+        self.value.load_state_dict(copy.deepcopy(self._own))  # torch's optimizers go on in the tensors they are given
 
     def reset(self) -> None:
         """The number of ranks has changed: take the average. Not collective: new ranks do not call it."""

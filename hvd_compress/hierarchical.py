@@ -400,6 +400,8 @@ class HierarchicalReducer:
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed = state["round"], state["seed"]
         self._pending, self._failure = {}, None
+        if self._watch is not None:
+            self._watch.give_up()
 
     def reset_memory(self) -> None:
         """Forget what the memory holds. Do it on all ranks, between exchanges."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -135,6 +135,7 @@ class Reducer(Sender):
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
         self._drop()
         self._exchange = self._watch = self._place = self._saved_as = None
+        self._awaited = [set(names) for names in self._buckets]  # as on ranks that are new
 
     def add(self, name: str, tensor: Tensor) -> None:
         """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks.
@@ -204,7 +205,13 @@ class Reducer(Sender):
 
     def _drop(self) -> None:
         super()._drop()
+        if self._watch is not None:
+            self._watch.give_up()
         self._here.clear()
+        for bucket in self._departed:
+            bucket.arrival.cancel()
+        if isinstance(self._exchange, HorovodExchange):  # it fails with Horovod, and must not meet the next world
+            wait(bucket.arrival for bucket in self._departed)
         self._departed.clear()
         self._gone.clear()
 

@@ -148,6 +148,11 @@ class ScatteredReducer(Sender):
                 sums[name].div_(divisor)
         return Reduced(sums, overflow)
 
+    def _drop(self) -> None:
+        super()._drop()
+        if self._watch is not None:
+            self._watch.give_up()
+
     def _receive(self, name: str, total: Tensor) -> Tensor:
         return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
 

@@ -30,7 +30,7 @@ def run(command: list[str]) -> int:
 
     # Out of the terminal's foreground group, to which Ctrl-C goes.
     process = subprocess.Popen(command, preexec_fn=os.setpgrp, stdin=subprocess.DEVNULL)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, pass_on)
     status = process.wait()
     return status if status >= 0 else 128 - status

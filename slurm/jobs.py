@@ -105,6 +105,27 @@ def follow(job: str, folder: Path, ended: Callable[[], str | None] | None = None
         time.sleep(1)
 
 
+def wait(jobs: Sequence[str], show: Callable[[int], None]) -> None:
+    """Until all have ended.
+
+    Args:
+        jobs: their ids.
+        show: is told now and then how many have.
+    """
+    since = dict.fromkeys(jobs, time.monotonic())  # when Slurm has last known each
+    pause = 0.0
+    while True:
+        found = states(jobs)
+        now = time.monotonic()
+        since.update((one.job, now) for one in found if one.state != "UNKNOWN")
+        ended = sum(one.state in FINAL or now - since[one.job] > UNKNOWN_SECONDS for one in found)
+        show(ended)
+        if ended == len(jobs):
+            return
+        pause = min(30.0, pause + 1)  # less and less often, as Slurm's administrators want it
+        time.sleep(pause)
+
+
 class _Tail:
     """The part of a file that has not been copied yet."""
 

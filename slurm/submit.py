@@ -14,7 +14,7 @@ slurm/clusters/gpu.yaml explains each of them. The command line beats the profil
     python slurm/submit.py logs 1234                  print a job's output until it ends
     python slurm/submit.py cancel 1234                end it
     python slurm/submit.py sweep GRID.yaml --output runs/sweep -- SCRIPT --output {run} ...
-    python slurm/submit.py collect runs/sweep         one table and one picture of a sweep's finished runs
+    python slurm/submit.py collect --wait runs/sweep  one table and one picture of a sweep's finished runs
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ import yaml
 from launch import local_executor, make_job, slurm_executor
 from profiles import Profile, ProfileError
 from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from submitit.core.utils import FailedJobError
 
 COMMANDS = ("submit", "sweep", "status", "logs", "cancel", "collect")
@@ -104,7 +105,7 @@ def do_sweep(args: argparse.Namespace, script: list[str]) -> int:
     ]
     sweep.write_record(args.output, record)
     print(f"Submitted {len(record)} jobs, {record[0].job} to {record[-1].job}.")
-    print(f"When they have finished: python {sys.argv[0]} collect {args.output}")
+    print(f"To wait for them, and see what came out: python {sys.argv[0]} collect --wait {args.output}")
     return 0
 
 
@@ -131,6 +132,10 @@ def do_cancel(args: argparse.Namespace, script: list[str]) -> int:
 def do_collect(args: argparse.Namespace, script: list[str]) -> int:
     """Print and draw a sweep's results."""
     record = sweep.read_record(args.directory)
+    if args.wait:
+        with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()) as progress:
+            task = progress.add_task("Waiting for the runs", total=len(record))
+            jobs.wait([point.job for point in record], lambda ended: progress.update(task, completed=ended))
     states = jobs.states([point.job for point in record])
     finished = [point for point, state in zip(record, states, strict=True) if state.state == "COMPLETED"]
     for point, state in zip(record, states, strict=True):
@@ -245,6 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
     logs.add_argument("job", help="its number")
     cancel.add_argument("jobs", nargs="+", help="their numbers")
     collect.add_argument("directory", type=Path, help="the sweep's --output")
+    collect.add_argument("--wait", action="store_true", help="until all runs have ended")
     return parser
 
 

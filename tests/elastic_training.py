@@ -1,7 +1,7 @@
 """Trains while ranks come and go: started by ``horovodrun`` in test_elastic.py.
 
-The number of ranks goes from 2 to 3, back to 2 as one is killed, and on to 1. On the way, and at the end, the model
-less the mean memory is where all uncompressed steps would have led, exactly.
+The number of ranks goes from 2 to 3, back to 2 as one is told to go, and on to 1 as one is killed. At the end, the
+model less the mean memory is where all uncompressed steps would have led, exactly.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ def main(hosts: Path) -> None:
             if step % 2 == 0:  # local SGD is in mid-round
                 continue
             if step - entered > STEPS:
-                if os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1":
-                    os.kill(os.getpid(), signal.SIGKILL)  # two steps after a commit
-                if hvd.size() == 2 and 3 not in state.sizes:
-                    announce(hosts, "localhost:2\n127.0.0.1:1\n")
-                elif hvd.size() == 2:
-                    announce(hosts, "localhost:1\n")
+                if hvd.size() == 3:
+                    announce(hosts, "localhost:1\n127.0.0.1:1\n")
                 elif hvd.size() == 1:
                     return
+                elif 3 not in state.sizes:
+                    announce(hosts, "localhost:2\n127.0.0.1:1\n")
+                elif os.environ["HOROVOD_HOSTNAME"] == "127.0.0.1":
+                    os.kill(os.getpid(), signal.SIGKILL)  # two steps after a commit
             state.commit()
 
     train(state)

@@ -63,7 +63,7 @@ def test_a_slow_link_pays_until_messages_add_up() -> None:
     assert first == 2
     for one in advice:
         assert one.horovod_seconds == min(step_seconds(c, FOUND, one.nodes) for c in (FP32, FP16))
-        assert one.pays == (step_seconds(TOPK, FOUND, one.nodes) <= 0.95 * one.horovod_seconds)
+        assert one.pays == (step_seconds(TOPK, FOUND, one.nodes) <= 0.9 * one.horovod_seconds)
     assert last < advice[-1].nodes
     text = conclusion(FOUND)
     assert text.startswith(f"compress, from 2 nodes on to {last}: topk takes a step from 7.50 s")
@@ -82,7 +82,9 @@ def test_traffic_that_hides_does_not_pay() -> None:
 def test_compressing_that_takes_longer_than_it_saves_does_not_pay() -> None:
     slow = replace(FOUND, candidates=(FP32, FP16, replace(TOPK, compress=20.0)))
     assert spans(advise(slow)) == []
-    assert "compressing costs more than it saves" in conclusion(slow)
+    assert "it costs more than it saves" in conclusion(slow)
+    little = replace(FOUND, candidates=(FP32, FP16, replace(TOPK, compress=1.75, decompress=1.0)))
+    assert "it saves too little (a step of 7.25 s against 7.50 s with Horovod, fp16)" in conclusion(little)
 
 
 def test_it_may_pay_from_more_nodes_on_only() -> None:

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import itertools
 import math
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Vectors, assert_replicas_identical, gradient, through_a_file
+from test_wire import mutated
 from torch import Tensor
 from world import World, launch
 
@@ -369,6 +372,30 @@ def update(step: int, elements: dict[int, float]) -> Any:
 
 
 EMPTY = wire.encode([]).data
+
+
+def test_a_server_takes_anything() -> None:
+    """Mutated updates with a right checksum are refused, all ranks are told, and the model stays finite."""
+    rng = random.Random(0)
+    outcomes = {"applied": 0, "refused": 0}
+    for _ in range(600):
+        master = master_of(AsTheyCome(2, None), numel=600)
+        before = master.shard.state_dict()["values"][0]
+        message = Message.sparse((600,), torch.arange(0, 600, 7), torch.randn(86))
+        packet = bytearray(wire.encode([message], ids=[0], round=1).data.tobytes())
+        request = np.frombuffer(mutated(packet, rng), np.uint8).copy()
+        answers = [wire.decode(answer) for rank, answer in master.receive(1, Topic.UPDATE, request) if rank == 1]
+        after = master.shard.state_dict()["values"][0]
+        assert bool(after.isfinite().all())
+        if answers and answers[0].failure is not None:
+            outcomes["refused"] += 1
+            assert torch.equal(before, after)
+            told = dict(master.receive(0, Topic.UPDATE, update(1, {})))
+            assert wire.decode(told[0]).failure == answers[0].failure
+        else:
+            outcomes["applied"] += 1
+    assert outcomes["refused"] > 300
+    assert outcomes["applied"] > 5
 
 
 @given(st.data())

@@ -14,6 +14,7 @@ import pytest
 import torch
 from world import World, launch
 
+import hvd_compress
 from hvd_compress import Compression, GradientCompressor
 from hvd_compress.compression import COMPRESSORS
 from hvd_compress.operators import Operator
@@ -114,11 +115,33 @@ def test_the_tutorials_run(world: World, page: str, tmp_path: Path) -> None:
     assert len(names) > 5
 
 
+def test_the_blocks_in_the_document_of_faults_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    hvd.init()
+    resuming, elastic = code_blocks(ROOT / "docs" / "faults.md", "python")
+    model = torch.nn.Linear(50, 50)
+    named = list(model.named_parameters())
+    names = {
+        "model": model,
+        "optimizer": hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=named),
+        "compression": Compression.topk(ratio=0.1, named_parameters=named),
+    }
+    exec(resuming, names)
+    assert names["saved"] is None  # there is none
+    exec(elastic, names)
+    assert callable(names["train"])
+
+
+def test_the_reference_has_everything() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert [name for name in hvd_compress.__all__ if f"hvd_compress.{name}\n" not in text] == []
+
+
 def test_no_python_in_a_document_is_left_out() -> None:
     """Whoever writes a block of Python has to see to it that a test runs it."""
     have = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS if code_blocks(path, "python")}
     run_by_name = {f"docs/tutorials/{page}.md" for page in PAGES}
-    run_by_their_own_tests = {"README.md", "docs/how-it-works.md", "docs/slurm.md"}
+    run_by_their_own_tests = {"README.md", "docs/faults.md", "docs/how-it-works.md", "docs/slurm.md"}
     shown_only = {"CONTRIBUTING.md"}  # a test, in the form in which tests are written here
     assert have <= run_by_name | run_by_their_own_tests | shown_only
 

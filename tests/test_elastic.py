@@ -79,7 +79,7 @@ def test_without_mpi(tmp_path: Path) -> None:
     assert ended.stdout.count("fine") == 2
 
 
-def test_a_rank_comes_one_dies_and_one_goes(tmp_path: Path) -> None:
+def test_a_rank_comes_one_goes_and_one_dies(tmp_path: Path) -> None:
     """The script verifies to the bit that nothing is lost. 127.0.0.1 is a second host, which may be lost."""
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost:2\n")
@@ -88,7 +88,7 @@ def test_a_rank_comes_one_dies_and_one_goes(tmp_path: Path) -> None:
     discovery.chmod(0o755)
     elastic = ["--min-np", "1", "--max-np", "3", "--host-discovery-script", str(discovery)]
     script = [sys.executable, str(TESTS / "elastic_training.py"), str(hosts)]
-    # Seconds after which the others take a silent rank for lost.
-    ended = horovodrun("-np", "2", *elastic, "--gloo-timeout-seconds", "5", *script, timeout=240)
+    # On a busy machine the others wait long until a new rank has imported torch.
+    ended = horovodrun("-np", "2", *elastic, "--gloo-timeout-seconds", "90", *script, timeout=240)
     assert ended.returncode == 0, ended.stdout
     assert "all is there" in ended.stdout, ended.stdout

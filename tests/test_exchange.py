@@ -469,7 +469,7 @@ def test_a_rank_that_raises_ends_the_job_with_its_traceback() -> None:
 
 LOCAL = """
 import torch, horovod.torch as hvd
-from hvd_compress import Compression, QsparseLocalSGD
+from hvd_compress import Compression, Interruption, QsparseLocalSGD
 hvd.init()
 model = torch.nn.Linear(50, 50)
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
@@ -480,6 +480,7 @@ def step():
     optimizer.zero_grad()
     model(torch.randn(4, 50)).square().sum().backward()
     optimizer.step()
+interruption = Interruption()
 step(); step()
 def evaluate():
     import time
@@ -488,16 +489,20 @@ def evaluate():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "texts"),
+    ("wrong", "others", "texts"),
     [
-        ("evaluate()", ["rank(s) 1 did not come to exchange 2", "in evaluate"]),
-        ("raise SystemExit", ["rank 1 ends the job: its program has ended, and exchange 2 of rank(s)"]),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", ["signal 9"]),
+        ("evaluate()", "step(); step()", ["rank(s) 1 did not come to exchange 2", "in evaluate"]),
+        (
+            "raise SystemExit",
+            "interruption.agreed()",
+            ["rank 1 ends the job: its program has ended, and Interruption.agreed() no. 1 of rank(s)"],
+        ),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "step(); step()", ["signal 9"]),
     ],
     ids=["hangs", "exits", "is killed"],
 )
-def test_a_rank_that_does_not_come_ends_the_job(wrong: str, texts: list[str]) -> None:
-    ended = launch(3, LOCAL + f"if hvd.rank() == 1: {wrong}\nfor _ in range(50): step()\nprint('the end')")
+def test_a_rank_that_does_not_come_ends_the_job(wrong: str, others: str, texts: list[str]) -> None:
+    ended = launch(3, LOCAL + f"if hvd.rank() == 1: {wrong}\n{others}\nprint('the end')")
     assert ended.returncode != 0
     assert "the end" not in ended.stdout
     assert all(text in ended.stdout for text in texts), ended.stdout

@@ -110,7 +110,7 @@ def test_results_are_those_of_the_cases() -> None:
         for part in module.RANKS:
             of_part = [line["case"] for line in lines if line["case"]["part"] == part]
             seeds = sorted({case["seed"] for case in of_part})
-            assert len(seeds) > 1
+            assert seeds
             first = of_part[0]
             expected = module.cases(part, first["data"], first["ranks"], seeds, False)
             assert sorted(map(str, of_part)) == sorted(map(str, expected))

@@ -27,10 +27,11 @@ from hvd_compress import (
     RankMismatchError,
     costs,
     node_process_set,
+    resize,
 )
 from hvd_compress.exchanges import reducer
 from hvd_compress.ledger import Ledger
-from hvd_compress.membership import members
+from hvd_compress.membership import Change, members
 from hvd_compress.operators import QSGD, Operator, RandK, Rotated, Sign, TopK, compose
 from hvd_compress.pieces import Piece, cut, even_ends
 from hvd_compress.scattered import equal_parts, select_again
@@ -668,6 +669,51 @@ def test_a_state_of_other_nodes(world: World) -> None:
     texts = world.run(another_layout)
     assert len(set(texts)) == 1
     assert "saved with other numbers of ranks on the nodes; here are 1 node(s) of 4 rank(s)" in texts[0]
+
+
+def another_number_of_ranks(exchange: str, path: str) -> tuple[Any, dict[str, Tensor]]:
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path(path, model, k=30, dense_below=0, exchange=exchange)
+    step_of(model, optimizer, 0)
+    return owner.state_dict(), memories(chosen_state(owner.state_dict()))
+
+
+def chosen_state(state: Any) -> Any:
+    """What ``exchange="auto"`` has chosen has a state of its own."""
+    state = state.get("qsparse_local_sgd", {}).get("average", state)
+    return state.get("chosen", state)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("path", ["gradient", "local"])
+def test_half_the_ranks_go_on(world: World, path: str) -> None:
+    """The memories' mean stays where a rank has its own, and a state that is divided among a node's is refused."""
+    states, before = zip(*world.run(another_number_of_ranks, "reduce_scatter", path), strict=True)
+    # The same under exchange="auto", if it has chosen this.
+    chosen = [{"format": "auto 1", "choice": "reduce_scatter", "op": "Average", "chosen": s} for s in states]
+    automatic = [{**c, "ledger": chosen_state(s)["ledger"]} for c, s in zip(chosen, states, strict=True)]
+    for saved in [states, *([automatic] if path == "gradient" else [])]:
+        after = [resize(change, [saved[old] for old in change.predecessors]) for change in HALVED]
+        assert [chosen_state(state)["rank"] for state in after] == [0, 1]
+        for name, memory in before[0].items():
+            total = sum(memories(chosen_state(state))[name] for state in after)
+            assert torch.allclose(total / 2, (memory + sum(m[name] for m in before[1:])) / 4)
+        counts = [[chosen_state(s)["ledger"]["shared"]["mpi"] for s in which] for which in (saved, after)]
+        assert sum(counts[0]) == sum(counts[1])
+    states, _ = zip(*world.run(another_number_of_ranks, "hierarchical", path), strict=True)
+    with pytest.raises(ValueError, match="keeps memories by node"):
+        resize(HALVED[0], [states[0], states[1]])
+
+
+HALVED = [Change.of(rank, 2, 4) for rank in range(2)]
+
+
+@pytest.mark.parametrize("exchange", ["hierarchical", "reduce_scatter", "auto"])
+def test_without_mpi_an_exchange_says_what_it_needs(exchange: str) -> None:
+    settings = Compression.topk(k=3, exchange=exchange).settings
+    one = reducer(settings, dict(Vectors({"w": (30,)}).named_parameters()), Ledger())
+    with pytest.raises(RuntimeError, match=f"exchange='{exchange}' needs MPI"):
+        one.open(hvd.ProcessSet([0]), [0], "test", 30)
 
 
 # The ledger

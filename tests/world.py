@@ -67,10 +67,20 @@ def launch(ranks: int, script: str | Sequence[str], timeout: float = 120) -> sub
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        _kill(process)
         output, _ = process.communicate()
         raise RankFailedError(f"{ranks} ranks did not end within {timeout:g} s. Output:\n{output}") from None
     return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def _kill(mpirun: subprocess.Popen[Any]) -> None:
+    """With its ranks, which it ends if it is asked to, and which are not of its process group."""
+    mpirun.terminate()
+    try:
+        mpirun.wait(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(mpirun.pid, signal.SIGKILL)
+        mpirun.wait()
 
 
 class World:
@@ -82,7 +92,13 @@ class World:
         self._log = (self._directory / "log").open("w+")
         self._jobs = 0
         self._process = subprocess.Popen(
-            [*mpirun_command(ranks), sys.executable, str(TESTS / "world_rank.py"), str(self._directory)],
+            [
+                *mpirun_command(ranks),
+                sys.executable,
+                str(TESTS / "world_rank.py"),
+                str(self._directory),
+                str(os.getpid()),
+            ],
             env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -133,5 +149,4 @@ class World:
         try:
             self._process.wait(timeout=GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+            _kill(self._process)

@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 
 
-def main(directory: Path) -> None:
+def main(directory: Path, owner: int) -> None:
     import horovod.torch as hvd
 
     hvd.init()
@@ -17,7 +17,7 @@ def main(directory: Path) -> None:
     while True:
         job = directory / f"job-{number}"
         while not job.exists():
-            if (directory / "stop").exists():
+            if (directory / "stop").exists() or not Path(f"/proc/{owner}").exists():  # the tests were killed
                 return
             time.sleep(0.005)
         module, name, arguments, limit = pickle.loads(job.read_bytes())
@@ -35,4 +35,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

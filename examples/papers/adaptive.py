@@ -108,7 +108,7 @@ def report(runs: list[Run]) -> dict[str, str]:
         if rows:
             heading = [f"{part}: error (%)"]
             for ratio in RATIOS[part]:
-                heading += [f"{ratio:.1%} sent", "less Top-K's", "kB"]
+                heading += [f"{ratio:.1%} sent", "against Top-K", "kB"]
             tables[part] = markdown(heading, rows)
     return tables
 
@@ -151,7 +151,7 @@ def draw(runs: list[Run], path: Path) -> None:
         axes.set_yticks([-row for row in range(len(settings))], names)
         axes.set_xlabel("Test error less that of fixed Top-K with the same seed (percentage points; left is better)")
         axes.set_xscale("symlog", linthresh=1.0)
-        axes.xaxis.set_major_formatter(lambda difference, _: f"{difference:+g}")
+        axes.set_xticks([-5, -2, -1, 0, 1, 2, 5], ["−5", "−2", "−1", "0", "+1", "+2", "+5"])
         axes.grid(axis="x", alpha=0.3)
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
         figure.savefig(path, dpi=150)

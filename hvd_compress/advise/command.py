@@ -221,14 +221,14 @@ def conclusion(found: Measurements) -> str:
     how = {c.name: c.how for c in found.candidates}
     if not paying:
         why = advice[0]
-        hidden = why.horovod_seconds <= 1.05 * found.compute
-        reason = (
-            f"Horovod's traffic hides behind the backward pass ({why.horovod}: a step of "
-            f"{_time(why.horovod_seconds)}, {_time(found.compute)} of it computing)"
-            if hidden
-            else f"compressing costs more than it saves (a step of {_time(why.best_seconds)} against "
-            f"{_time(why.horovod_seconds)} with {why.horovod})"
-        )
+        horovod, best = _time(why.horovod_seconds), _time(why.best_seconds)
+        if why.horovod_seconds <= 1.05 * found.compute:
+            reason = f"Horovod's traffic hides behind the backward pass (a step of {horovod} with {why.horovod}"
+            reason += f", {_time(found.compute)} of it computing)"
+        elif why.best_seconds < why.horovod_seconds:
+            reason = f"it saves too little (a step of {best} against {horovod} with {why.horovod})"
+        else:
+            reason = f"it costs more than it saves (a step of {best} against {horovod} with {why.horovod})"
         return f"do not compress: {reason}, and so it stays up to {advice[-1].nodes} nodes."
     first, last = paying[0][0], paying[-1][1]
     start = next(a for a in advice if a.nodes == first)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from torch import Tensor
 
+from .. import wire
 from ..compression import Compression
 from ..gradient import GradientCompressor
 from ..ledger import Ledger
+from ..operators import Operator
 from ..reducer import Reducer
+from ..wire import Message
 from .predict import BACKWARD, Candidate, Measurements
 
 ROUNDS = 5
@@ -165,26 +170,22 @@ def _timed(tensor: Tensor) -> float:
 
 
 def _compressed(name: str, how: str, compression: GradientCompressor, gradients: Mapping[str, Tensor]) -> Candidate:
-    """One way, on all ranks, and on each by itself: the difference is what one more message costs."""
-    from mpi4py import MPI
-
-    compress_here, exchange, message = _exchanges(compression, gradients, MPI.COMM_WORLD, range(hvd.size()))
-    compress_alone, _, _ = _exchanges(compression, gradients, MPI.COMM_SELF, range(1))
-    decompress = max(0.0, (compress_here - compress_alone) / (hvd.size() - 1))
+    decompress = _decompress(compression, gradients)
+    both, message = _reduce(compression, gradients)
     return Candidate(
         name,
         how,
         message=message,
-        compress=max(0.0, compress_here - hvd.size() * decompress),
+        compress=max(0.0, both - hvd.size() * decompress),
         decompress=decompress,
-        exchange=exchange,
+        exchange=_allgather(message),
     )
 
 
-def _exchanges(
-    compression: GradientCompressor, gradients: Mapping[str, Tensor], communicator: Any, ranks: range
-) -> tuple[float, float, int]:
-    """Seconds of compressing and decompressing, seconds of the exchange, and bytes sent."""
+def _reduce(compression: GradientCompressor, gradients: Mapping[str, Tensor]) -> tuple[float, int]:
+    """Seconds of compressing and of decompressing all ranks' messages, as in training; and bytes of a message."""
+    from mpi4py import MPI
+
     settings, ledger = compression.settings, Ledger()
     reducer = Reducer(
         {name: g.shape for name, g in gradients.items()},
@@ -195,8 +196,8 @@ def _exchanges(
         seed=settings.seed,
         ledger=ledger,
     )
-    reducer.open(communicator, list(ranks), "hvd-compress advise", settings.timeout)
-    compress, exchange = [], []
+    reducer.open(MPI.COMM_WORLD, range(hvd.size()), "hvd-compress advise", settings.timeout)
+    taken = []
     for _ in range(ROUNDS):
         tensors = {name: g.clone() for name, g in gradients.items()}  # they are given up
         _finish()
@@ -206,9 +207,39 @@ def _exchanges(
             reducer.add(name, tensor)
         reducer.reduce()
         _finish()
-        compress.append(ledger.seconds["compress"])
-        exchange.append(ledger.seconds["exchange"])
-    message = max(hvd.allgather_object(ledger.total.sent, name="advise"))
-    # The exchange of the rank that comes last has no waiting for others in it.
-    shortest = min(hvd.allgather_object(min(exchange), name="advise"))
-    return _slowest(min(compress)), shortest, message
+        taken.append(ledger.seconds["compress"])
+    return _slowest(min(taken)), max(hvd.allgather_object(ledger.total.sent, name="advise"))
+
+
+def _decompress(compression: GradientCompressor, gradients: Mapping[str, Tensor]) -> float:
+    """Seconds of unpacking one rank's message and adding it up."""
+    settings = compression.settings
+    operator = settings.operator
+    assert isinstance(operator, Operator), "no plan is among those that are tried"
+    flat = {name: g.reshape(-1) for name, g in gradients.items()}
+    messages = [operator.encode(g) if len(g) >= settings.dense_below else Message.dense(g) for g in flat.values()]
+    data = wire.encode(messages).data
+    sums = [torch.zeros_like(g) for g in flat.values()]
+
+    def receive() -> None:
+        for message, total in zip(wire.decode(data, _device()).messages, sums, strict=True):
+            message.add_to(total)
+
+    return _seconds_of(receive)
+
+
+def _allgather(message: int) -> float:
+    """Seconds until every rank has every rank's message: the median, since a link may let some pass at once."""
+    from mpi4py import MPI
+
+    from ..exchange import Exchange
+
+    exchange = Exchange(MPI.COMM_WORLD.Dup())
+    buffer = np.zeros(message, np.uint8)
+    taken = []
+    for _ in range(ROUNDS):
+        hvd.barrier()
+        start = time.perf_counter()
+        exchange.allgatherv(buffer)
+        taken.append(time.perf_counter() - start)
+    return _slowest(statistics.median(taken))

@@ -20,7 +20,7 @@ NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 PERIODS = (2, 4, 8, 16)
 BACKWARD = 2 / 3
 """Part of a step's computing that is the backward pass: a forward pass costs half of it."""
-PAYS = 0.95
+PAYS = 0.9
 """Compression pays if a step takes at most this part of the time: less is within what a forecast may be wrong by."""
 NEAR = 1.05
 """Of those that are nearly as fast as the fastest, the one that changes the gradients least is advised."""

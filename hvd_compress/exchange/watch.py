@@ -18,7 +18,7 @@ from mpi4py import MPI
 
 from ..errors import PeerError
 
-_LOOK_SECONDS = 1.0  # between two looks at what the others ask; each costs some microseconds
+_LOOK_SECONDS = 0.25  # between two looks at what the others ask; each costs some microseconds
 _ANSWER_SECONDS = 5.0  # in which a rank that is alive answers, whatever its program does
 _ASK, _TELL, _GONE = range(3)
 
@@ -37,10 +37,11 @@ class Watch:
     Args:
         communicator: of the ranks; a copy is made.
         timeout: seconds.
+        what: the ranks wait for each other in, before its number.
     """
 
-    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
-        self._watcher = _Watcher(communicator.Dup(), timeout)
+    def __init__(self, communicator: MPI.Intracomm, timeout: float, what: str = "exchange") -> None:
+        self._watcher = _Watcher(communicator.Dup(), timeout, what)
         if communicator.Get_size() > 1:
             self._watcher.start()
             weakref.finalize(self, self._watcher.retire).atexit = False  # where leave() comes
@@ -55,6 +56,10 @@ class Watch:
             raise PeerError("the program of another rank has ended, and MPI with it, while this one goes on")
         self._watcher.since = time.monotonic()
 
+    def give_up(self) -> None:
+        """This rank has come to an exchange for nothing: it does not come about."""
+        self._watcher.since = None
+
     def end(self) -> None:
         """The exchange is over, however it ended."""
         self._watcher.done += 1
@@ -64,12 +69,14 @@ class Watch:
 class _Watcher:
     """The thread's side, which lives on until the program has no more use for the exchange."""
 
-    def __init__(self, communicator: MPI.Intracomm, timeout: float) -> None:
+    def __init__(self, communicator: MPI.Intracomm, timeout: float, what: str) -> None:
         # Configuration
         self._communicator = communicator
         self._rank = communicator.Get_rank()
         self._others = [rank for rank in range(communicator.Get_size()) if rank != self._rank]
         self._timeout = timeout
+        self._what = what
+        self._process = os.getpid()
         # State. The program writes the first two, the thread reads them.
         self.since: float | None = None  # when this rank has come to an exchange, if it is in one
         self.done = 0  # exchanges
@@ -91,7 +98,7 @@ class _Watcher:
         atexit.unregister(self.leave)
         self._stopped.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(_ANSWER_SECONDS)
         if not MPI.Is_finalized():
             for rank in self._others:
                 self._send(rank, _GONE, self._place())
@@ -101,6 +108,8 @@ class _Watcher:
 
         It would take MPI with it, on all ranks, if that was started by Horovod.
         """
+        if os.getpid() != self._process:  # a fork of it
+            return
         self.retire()
         self._told = {}
         deadline = time.monotonic() + _ANSWER_SECONDS
@@ -112,7 +121,7 @@ class _Watcher:
         waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
         if waiting:
             ranks = _list(waiting)
-            self._end_job(f"its program has ended, and exchange {self.done + 1} of rank(s) {ranks} waits for it")
+            self._end_job(f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it")
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
@@ -120,7 +129,7 @@ class _Watcher:
                 self._receive()
                 self._look(time.monotonic())
             elif self.since is not None:  # a Horovod that started MPI ends it as soon as one rank's program ends
-                self._say(f"exchange {self.done + 1} waits for a rank whose program has ended, and MPI with it")
+                self._say(f"{self._what} {self.done + 1} waits for a rank whose program has ended, and MPI with it")
                 os._exit(1)
 
     def _receive(self) -> None:
@@ -128,7 +137,9 @@ class _Watcher:
         while (message := self._communicator.Improbe(status=status)) is not None:
             data = np.empty(status.Get_count(MPI.BYTE), np.uint8)
             message.Recv([data, MPI.BYTE])
-            what, rank = json.loads(data.tobytes()), status.Get_source()
+            what, rank = _read(data.tobytes()), status.Get_source()
+            if what is None:
+                continue
             if status.Get_tag() == _ASK:
                 self._send(rank, _TELL, self._place())
                 if rank < self._rank:
@@ -146,7 +157,9 @@ class _Watcher:
             return
         ended = [rank for rank, told in self._gone.items() if told["done"] <= done]
         if ended and now - max(since, *(self._gone[rank]["at"] for rank in ended)) > _ANSWER_SECONDS:
-            self._end_job(f"the program of rank(s) {_list(ended)} has ended, and exchange {done + 1} waits for them")
+            self._end_job(
+                f"the program of rank(s) {_list(ended)} has ended, and {self._what} {done + 1} waits for them"
+            )
         if self._asked is None:
             if now - since > self._timeout and now > self._quiet_until:
                 self._asked, self._told = now, {}
@@ -159,7 +172,7 @@ class _Watcher:
         silent = [rank for rank in self._others if rank not in self._told]
         if (self.since, self.done) == (since, done) and (absent or silent):
             self._end_job(self._verdict(now - since, absent, silent))
-        logger.warning("waiting since %.0f s in exchange %d, to which all ranks have come", now - since, done + 1)
+        logger.warning("all ranks have come to %s %d, and wait since %.0f s", self._what, done + 1, now - since)
         self._asked, self._quiet_until = None, now + self._timeout
 
     def _place(self) -> dict[str, Any]:
@@ -168,7 +181,7 @@ class _Watcher:
     def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
         missing = sorted([*absent, *silent])
         lines = [
-            f"rank(s) {_list(missing)} did not come to exchange {self.done + 1} within {waited:.0f} s "
+            f"rank(s) {_list(missing)} did not come to {self._what} {self.done + 1} within {waited:.0f} s "
             f"(timeout={self._timeout:g}; a larger one helps if they are only slow)"
         ]
         lines += [f"Rank {rank} is here:\n{told['stack']}" for rank, told in sorted(absent.items())]
@@ -192,6 +205,15 @@ class _Watcher:
         self._outgoing = [(request, data) for request, data in self._outgoing if not request.Test()]
         data = np.frombuffer(json.dumps(what).encode(), np.uint8).copy()
         self._outgoing.append((self._communicator.Isend([data, MPI.BYTE], dest=rank, tag=tag), data))
+
+
+def _read(text: bytes) -> dict[str, Any] | None:
+    """What a rank says; None if that is nothing of ours."""
+    try:
+        what = json.loads(text)
+        return {"done": int(what["done"]), "waits": bool(what["waits"]), "stack": str(what["stack"])}
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 def _stack() -> str:

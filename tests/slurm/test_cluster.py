@@ -204,10 +204,10 @@ def test_sweep(cluster: Cluster, tmp_path: Path, timed_out: str) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     job = re.findall(r"Submitted 3 jobs, (\d+)_0", ended.stdout)[0]
-    for place in range(3):
-        assert cluster.wait_for_end(f"{job}_{place}", 180) == "COMPLETED", cluster.story(f"{job}_{place}")
-    ended = cluster.submit("collect", str(sweep))
+    ended = cluster.submit("collect", "--wait", str(sweep))
     assert ended.returncode == 0, ended.stderr
+    for place in range(3):
+        assert cluster.state(f"{job}_{place}") == "COMPLETED", cluster.story(f"{job}_{place}")
     assert re.search(r"│ 0\.01\s+│\s+│\s+2 │", ended.stdout), ended.stdout
     assert (sweep / "accuracy-vs-megabytes.png").exists()
     sent = [json.loads(p.read_text())["megabytes_sent"] for p in sorted(sweep.glob("*/metrics.jsonl"))]
