@@ -162,6 +162,7 @@ def make_compression(
         method.compression,
         **chosen,
         dense_below=args.dense_below,
+        exchange=args.exchange,
         named_parameters=model.named_parameters(),
         grad_scaler=scaler if scaled else None,
     )

@@ -14,6 +14,8 @@ import torchvision
 import yaml
 from ranks import fail
 
+from hvd_compress.settings import EXCHANGES
+
 RECIPES = Path(__file__).parent / "recipes"
 PLACES = {"recipe", "output", "checkpoint", "resume", "no_checkpoint", "evaluate", "compare"}
 """Options that say where and whether, not how: a recipe has none of them."""
@@ -194,6 +196,7 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
     group = communication
     option("--bits", 4, "of each value, for compressors that quantize", type=positive)
     option("--dense-below", 1000, "tensors with fewer elements are sent whole", type=int)
+    option("--exchange", "allgather", "how messages travel; for many ranks see docs/scale.md", choices=EXCHANGES)
     option("--sync-every", 8, "local steps per exchange", type=positive)
     option(
         "--batch-norm",

@@ -9,6 +9,7 @@ from .errors import NonFiniteError, PeerError, RankMismatchError, WireError
 from .gradient import GradientCompressor
 from .ledger import Ledger, Traffic
 from .local_sgd import QsparseLocalSGD, post_local, sync_at
+from .membership import node_process_set
 from .resizing import resize
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "RankMismatchError",
     "Traffic",
     "WireError",
+    "node_process_set",
     "post_local",
     "random_gaps",
     "random_state",

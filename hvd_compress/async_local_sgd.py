@@ -87,6 +87,10 @@ class AsyncQsparseLocalSGD(Wrapped):
         memory = settings.memory()
         if type(memory).receive is not Memory.receive:
             raise TypeError(f"{memory!r} needs the messages of all ranks at once: use QsparseLocalSGD")
+        if settings.exchange != "allgather":
+            raise ValueError(
+                f"exchange={settings.exchange!r} is for ranks that exchange together; here each one sends to servers"
+            )
         if not callable(sync_every):
             check_period(sync_every)
         if mode not in ("free-running", "logical"):

@@ -11,10 +11,10 @@ from horovod.torch.compression import Compressor
 from torch import Tensor
 
 from .errors import NonFiniteError, RankMismatchError
+from .exchanges import reducer
 from .gradient import GradientCompressor
 from .ledger import Ledger
 from .membership import link
-from .reducer import Reducer
 
 
 class CompressedAverage:
@@ -32,15 +32,7 @@ class CompressedAverage:
         self.ledger = Ledger()
         self._settings = settings
         self._process_set = process_set or settings.process_set
-        self._reducer = Reducer(
-            {name: p.shape for name, p in parameters.items()},
-            operator=settings.operator,
-            memory=settings.memory(),
-            dense_below=settings.dense_below,
-            bucket_cap_mb=settings.bucket_cap_mb,
-            seed=settings.seed,
-            ledger=self.ledger,
-        )
+        self._reducer = reducer(settings, parameters, self.ledger)
 
     def __repr__(self) -> str:
         return repr(self._settings.operator)

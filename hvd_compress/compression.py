@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -391,6 +391,9 @@ class Compression(hvd.Compression):
         timeout: float = 600.0,
         communicator: MPI.Intracomm | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
+        exchange: str = "allgather",
+        nodes: Sequence[int] | None = None,
+        reselect: float = 1.0,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
 
@@ -414,6 +417,16 @@ class Compression(hvd.Compression):
             grad_scaler: the ``torch.amp.GradScaler`` in use with ``hvd.DistributedOptimizer``. The memory is then in
                 the units of unscaled gradients and stays right when the scale changes. ``QsparseLocalSGD``, whose
                 memory is in the units of the parameters, needs none.
+            exchange: how messages travel. ``"allgather"``: every rank receives every other rank's.
+                ``"hierarchical"``: gradients are summed densely inside each node and compressed between nodes.
+                ``"reduce_scatter"``: each rank sums a part of all elements, and what a rank receives does not grow
+                with the number of ranks. ``"auto"``: measures once, and chooses among these. See docs/scale.md for
+                which one suits which cluster.
+            nodes: on which node each of Horovod's ranks is, for the exchanges that make use of it: a number for each
+                rank, equal for those that share a node. MPI knows, so this is for tests, or to divide large nodes.
+            reselect: with ``"reduce_scatter"``, how many elements the sum may have, as a multiple of what one rank
+                sends on average; what is left out is remembered by the rank that summed it. ``math.inf`` leaves
+                nothing out; without ``memory="residual"`` nothing ever is.
 
         Raises:
             TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
@@ -433,6 +446,9 @@ class Compression(hvd.Compression):
             process_set=process_set,
             communicator=communicator,
             grad_scaler=grad_scaler,
+            exchange=exchange,
+            nodes=nodes,
+            reselect=reselect,
         )
         return GradientCompressor(settings, named_parameters)
 

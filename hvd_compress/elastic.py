@@ -144,12 +144,17 @@ def _mean_over_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
     if own is None:
         return _mean_memory(state)
     taken = {**own, "starts": _mean("starts", own["starts"])}
-    if "memory" in own["average"]:
+    if own["average"].keys() != {"ledger"}:  # not Horovod's
         taken["average"] = _mean_memory(own["average"])
     return {**state, STATE_KEY: taken}
 
 
 def _mean_memory(state: Mapping[str, Any]) -> dict[str, Any]:
+    if "rows" not in state:
+        raise ValueError(
+            "elastic training runs without MPI, which exchange='hierarchical' and 'auto' need: use "
+            "exchange='allgather' here"
+        )
     rows = state["rows"]
     averaged = [row for row, kind in enumerate(rows) if kind in (MASS, ESTIMATE)]
     memory = {name: m.clone() for name, m in state["memory"].items()}

@@ -18,11 +18,11 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
+from .exchanges import AnyReducer, reducer
 from .kernels import is_finite
 from .ledger import Ledger
 from .membership import check_named_parameters, link
 from .operators import working_dtype
-from .reducer import Reducer
 from .settings import Settings
 
 
@@ -58,17 +58,7 @@ class GradientCompressor(Compressor):
         self._parameters = None if named_parameters is None else check_named_parameters(named_parameters)
         # State
         self._lock = threading.Lock()  # a model on two devices has two threads in its backward pass
-        self._reducer: Reducer | None = None
-        if self._parameters is not None:
-            self._reducer = Reducer(
-                {name: p.shape for name, p in self._parameters.items()},
-                operator=settings.operator,
-                memory=settings.memory(),
-                dense_below=settings.dense_below,
-                bucket_cap_mb=settings.bucket_cap_mb,
-                seed=settings.seed,
-                ledger=self.ledger,
-            )
+        self._reducer = None if self._parameters is None else reducer(settings, self._parameters, self.ledger)
         self._latest: str | None = None  # whose gradient came last in this step
         self._followers: dict[str | None, str] = {}  # whose came next, last time
         self._submitted: set[str] = set()  # since the last decompress
@@ -182,7 +172,7 @@ class GradientCompressor(Compressor):
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
 
-    def _bound(self) -> Reducer:
+    def _bound(self) -> AnyReducer:
         if self._reducer is None:
             raise RuntimeError(
                 "the compressor does not know the parameters, and Horovod does not tell it their names: give "
@@ -190,7 +180,7 @@ class GradientCompressor(Compressor):
             )
         return self._reducer
 
-    def _owner(self, tensor: Tensor) -> tuple[Reducer, str]:
+    def _owner(self, tensor: Tensor) -> tuple[AnyReducer, str]:
         """The name of the parameter whose gradient this is."""
         reducer = self._bound()
         assert self._parameters is not None

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import horovod.torch as hvd
 import numpy as np
 import torch
-
-from .errors import RankMismatchError
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from .exchange.gather import Bytes
@@ -52,21 +48,3 @@ class HorovodExchange:
         self.sent += length.nbytes + data.nbytes
         lengths, gathered = (hvd.synchronize(handle).numpy() for handle in handles)
         return np.split(gathered, np.cumsum(lengths)[:-1])
-
-
-def agree(exchange: HorovodExchange, ranks: Sequence[int], statement: str) -> None:
-    """Compare ``statement`` with all ranks', and name the exchange after it. Collective.
-
-    Raises:
-        RankMismatchError: on every rank, with one and the same text, if some rank has another one.
-    """
-    statements = [data.tobytes().decode() for data in exchange.allgatherv(_bytes(statement))]
-    differing = [place for place, other in enumerate(statements) if other != statements[0]]
-    if differing:
-        others = [ranks[place] for place in differing]
-        raise RankMismatchError.between(ranks[0], statements[0], others, statements[differing[0]])
-    exchange.name += "." + hashlib.sha256(statement.encode()).hexdigest()[:16]
-
-
-def _bytes(text: str) -> Bytes:
-    return np.frombuffer(text.encode(), np.uint8).copy()

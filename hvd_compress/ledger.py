@@ -16,10 +16,12 @@ class Traffic:
     mpi: int = 0  # in send buffers given to mpi4py
     horovod: int = 0  # in tensors given to Horovod: small dense ones, sparse ones, and one ticket per message
     dense: int = 0  # what plain Horovod would have been given: all elements, in the gradient's dtype, every step
+    node: int = 0  # in send buffers given to mpi4py for ranks of this rank's node only; not in ``mpi``
 
     def __str__(self) -> str:
         times = f"{self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
-        return f"{self.sent / 1e6:.2f} MB sent, {times}"
+        within = f", and {self.node / 1e6:.2f} MB more within the node" if self.node else ""
+        return f"{self.sent / 1e6:.2f} MB sent, {times}{within}"
 
     def count(self, library: str, sent: int) -> None:
         """That ``sent`` bytes were handed to ``library``: ``"mpi"`` or ``"horovod"``."""
@@ -30,10 +32,11 @@ class Traffic:
         self.mpi += other.mpi
         self.horovod += other.horovod
         self.dense += other.dense
+        self.node += other.node
 
     @property
     def sent(self) -> int:
-        """All bytes that left this rank's hands."""
+        """All bytes that left this rank's hands, other than those that are known to stay within the node."""
         return self.mpi + self.horovod
 
     @property
@@ -62,7 +65,10 @@ class Ledger:
     def total(self) -> Traffic:
         """The sum over all tensors and what they share."""
         parts = [*self.tensors.values(), self.shared]
-        return Traffic(*(sum(getattr(part, name) for part in parts) for name in ("mpi", "horovod", "dense")))
+        total = Traffic()
+        for part in parts:
+            total.add(part)
+        return total
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

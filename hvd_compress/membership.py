@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,6 +66,28 @@ def _taking_part(process_set: hvd.ProcessSet | None) -> hvd.ProcessSet:
     if hvd.rank() not in process_set.ranks:
         raise ValueError(f"rank {hvd.rank()} is not in {process_set}, so it must not use this compressor")
     return process_set
+
+
+def node_process_set(nodes: Sequence[int] | None = None, communicator: MPI.Intracomm | None = None) -> hvd.ProcessSet:
+    """The process set of the ranks on this rank's node. Collective over all ranks; call it once.
+
+    Args:
+        nodes: a number for each rank's node, equal for those on one node; None to ask MPI.
+        communicator: see :func:`members`.
+
+    Raises:
+        ValueError: ``nodes`` does not speak of all ranks, or Horovod allows no new process sets: start it with
+            ``hvd.init(process_sets="dynamic")``.
+        RuntimeError, RankMismatchError: see :func:`members`.
+    """
+    communicator, ranks = members(hvd.global_process_set, communicator)
+    from .exchange import labels_of, topology
+
+    found, _ = topology(communicator, labels_of(nodes, ranks))
+    if len(found.nodes) == 1:
+        return hvd.global_process_set
+    sets = [hvd.add_process_set(list(together)) for together in found.nodes]
+    return sets[found.place(hvd.rank())[0]]
 
 
 def _process_sets() -> dict[int, list[int]]:

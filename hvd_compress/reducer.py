@@ -16,7 +16,7 @@ from . import wire
 from .errors import PeerError, RankMismatchError, WireError
 from .horovod_exchange import HorovodExchange
 from .kernels import all_finite
-from .sender import AFTER, Pending, Sender
+from .sender import AFTER, Overflow, Pending, Sender
 from .side_stream import SideStream
 from .wire import Message
 
@@ -32,7 +32,7 @@ class Reduced:
     """The outcome of one exchange."""
 
     sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device
-    overflow: list[tuple[int, str]]  # rank and name of what holds inf or NaN; if there is any, no memory was updated
+    overflow: Overflow  # if there is any, no memory was updated
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Reducer(Sender):
         # State
         self._exchange: Exchange | HorovodExchange | None = None
         self._watch: Watch | None = None
+        self._called: Sequence[int] = ()  # what errors call the ranks
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="hvd_compress exchange")
         self._side_stream = SideStream()
         self._awaited = [set(names) for names in self._buckets]  # what came last time; the same on all ranks
@@ -101,14 +102,34 @@ class Reducer(Sender):
             RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
                 another rank or of another number of ranks.
         """
-        expects = f"{self._round} exchanges so far\n{len(self._buckets)} buckets\n{expects}"
         if isinstance(link, hvd.ProcessSet):
-            self._exchange = self._meet_through_horovod(link, ranks, expects)
+            self._exchange = self._meet_through_horovod(link, ranks, self._expects(expects))
+            self._called = ranks
         else:
-            from .exchange import Exchange, Watch
+            from .exchange import Watch
 
-            private = self._meet(link, ranks, expects, timeout)
-            self._exchange, self._watch = Exchange(private), Watch(private, timeout)
+            self._watch = Watch(self.join(link, ranks, expects, timeout, ranks), timeout)
+
+    def join(
+        self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float, called: Sequence[int]
+    ) -> MPI.Intracomm:
+        """:meth:`open` for a part of a larger exchange, which sees by itself to ranks that do not come.
+
+        Args:
+            communicator, ranks, expects, timeout: see there.
+            called: numbers that errors call the ranks by.
+
+        Returns:
+            A communicator of ``ranks`` alone.
+        """
+        from .exchange import Exchange
+
+        private = self._meet(communicator, ranks, self._expects(expects), timeout)
+        self._exchange, self._called = Exchange(private), called
+        return private
+
+    def _expects(self, more: str) -> str:
+        return f"{self._round} exchanges so far\n{len(self._buckets)} buckets\n{more}"
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
@@ -124,7 +145,7 @@ class Reducer(Sender):
         if self._watch is not None:
             self._watch.begin()
         if name in self._gone:
-            self._fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
+            self.fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
             return
         super().add(name, tensor)
         self._here.add(name)
@@ -157,7 +178,7 @@ class Reducer(Sender):
         try:
             arrived = self._arrive(departed, failure)
             gathered = _gather(departed, arrived)
-            overflow = _overflow(arrived, gathered)
+            overflow = self._agree(_overflow(self._called, arrived, gathered))
         except BaseException:
             self._rollback(pending)
             raise
@@ -217,7 +238,7 @@ class Reducer(Sender):
         device = messages[0].device if messages else torch.device("cpu")
         failure = None if self._failure is None else _story(self._failure)
         own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
-        trip = partial(_travel, self._exchange, len(self._departed), own, device)
+        trip = partial(_travel, self._exchange, len(self._departed), own, device, self._called)
         arrival = self._worker.submit(self._side_stream.after_now(device, trip))
         self._departed.append(_Departed(chosen, step, arrival))
         self._gone.update(chosen)
@@ -247,11 +268,12 @@ class Reducer(Sender):
         return arrived
 
     def _check(self, bucket: _Departed, packets: list[wire.Packet]) -> None:
-        failed = [f"rank {rank} failed: {p.failure}" for rank, p in enumerate(packets) if p.failure is not None]
+        by_rank = list(zip(self._called, packets, strict=True))
+        failed = [f"rank {rank} failed: {packet.failure}" for rank, packet in by_rank if packet.failure is not None]
         if failed:
             raise PeerError("; ".join(failed))
         ids = [self._ids[name] for name in bucket.names]
-        for rank, packet in enumerate(packets):
+        for rank, packet in by_rank:
             if packet.round != bucket.step:
                 raise RankMismatchError(
                     f"rank {rank} exchanges at step {packet.round}, this rank at step {bucket.step}"
@@ -286,7 +308,9 @@ def _buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[s
     yield bucket
 
 
-def _travel(exchange: Exchange | HorovodExchange, place: int, own: wire.Packet, device: torch.device) -> _Arrived:
+def _travel(
+    exchange: Exchange | HorovodExchange, place: int, own: wire.Packet, device: torch.device, called: Sequence[int]
+) -> _Arrived:
     """Send this rank's packet, and receive everyone's. In the exchange's thread."""
     sent_before = exchange.sent
     shares: list[int] = []
@@ -304,7 +328,7 @@ def _travel(exchange: Exchange | HorovodExchange, place: int, own: wire.Packet, 
         error = caught
         buffer = wire.encode_failure(_story(caught), round=own.round)
     try:
-        for rank, data in enumerate(exchange.allgatherv(buffer, place)):
+        for rank, data in zip(called, exchange.allgatherv(buffer, place), strict=True):
             packets.append(_open(rank, data, device))  # its own too: all ranks judge the same bytes
     except Exception as caught:
         error = error or caught
@@ -331,12 +355,12 @@ def _gather(departed: list[_Departed], arrived: list[_Arrived]) -> dict[str, lis
     }
 
 
-def _overflow(arrived: list[_Arrived], gathered: Mapping[str, list[Message]]) -> list[tuple[int, str]]:
+def _overflow(called: Sequence[int], arrived: list[_Arrived], gathered: Mapping[str, list[Message]]) -> Overflow:
     """Which ranks' messages about which tensors hold inf or NaN, and which ranks have met some elsewhere."""
     elsewhere = [
         (rank, "a tensor that is not compressed")
         for arrival in arrived
-        for rank, packet in enumerate(arrival.packets)
+        for rank, packet in zip(called, arrival.packets, strict=True)
         if packet.overflow
     ]
     if bool(all_finite([m.values.floats for messages in gathered.values() for m in messages])):
@@ -344,6 +368,6 @@ def _overflow(arrived: list[_Arrived], gathered: Mapping[str, list[Message]]) ->
     return elsewhere + [
         (rank, name)
         for name, messages in gathered.items()
-        for rank, message in enumerate(messages)
+        for rank, message in zip(called, messages, strict=True)
         if not bool(message.is_finite())
     ]

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import auto, hierarchical
 from .async_local_sgd import ASYNC_STATE_KEY
 from .ledger import Ledger
 from .local_sgd import STATE_KEY
@@ -40,6 +41,7 @@ def resize(change: Change, states: Sequence[Any]) -> Any:
       accumulated gradients. EF21 and CD-Adam keep the mean of the ranks' estimates and, of the estimate that all
       ranks share, the mean that the optimizer is given.
     - The state of an optimizer under local SGD (momentum, moments): the mean, where the ranks' differ.
+    - ``exchange="auto"`` keeps its choice.
     - The ledger of each old rank goes to one new rank as a whole: the total over all ranks stays.
     - Counters, schedules and seed are the same on all ranks. A compressor's draws are functions of these and of the
       rank, so new ranks draw numbers of their own.
@@ -52,13 +54,21 @@ def resize(change: Change, states: Sequence[Any]) -> Any:
 
     Raises:
         ValueError: a state cannot be divided: it was saved between two exchanges of local SGD, or in the middle of an
-            asynchronous run, or predecessors were at different exchanges.
+            asynchronous run, or predecessors were at different exchanges; or memories are kept by node, with
+            ``exchange="hierarchical"``.
     """
     first = states[change.nearest]
     if not isinstance(first, Mapping):
         return first
     if "memory" in first and "rows" in first:
         return _compressor(change, states)
+    if first.get("format") == auto.STATE_FORMAT:
+        return _auto(change, states)
+    if first.get("format") == hierarchical.STATE_FORMAT:
+        raise ValueError(
+            "it was saved with exchange='hierarchical', which keeps memories by node: as many ranks on each node go "
+            "on as have saved, or none of them with its compressor's state"
+        )
     if STATE_KEY in first:
         return _local_sgd(change, states)
     if ASYNC_STATE_KEY in first:
@@ -82,6 +92,13 @@ def _compressor(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str
         "memory": {name: _memory(change, [state["memory"].get(name) for state in states], first) for name in names},
         "ledger": _ledger(change, [state["ledger"] for state in states]),
     }
+
+
+def _auto(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    taken = {**states[change.nearest], "ledger": _ledger(change, [state["ledger"] for state in states])}
+    if taken["chosen"] is not None:
+        taken["chosen"] = resize(change, [{**state["chosen"], "op": state["op"]} for state in states])
+    return taken
 
 
 def _memory(change: Change, memories: Sequence[Tensor | None], state: Mapping[str, Any]) -> Tensor:
@@ -113,10 +130,11 @@ def _local_sgd(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str,
         "steps": _same("steps", [o["steps"] for o in own]),
         "starts": {name: _mean(change, [o["starts"][name] for o in own]) for name in first["starts"]},
     }
-    if "memory" in first["average"]:
-        taken["average"] = _compressor(change, [o["average"] for o in own])
+    averages = [o["average"] for o in own]
+    if first["average"].keys() == {"ledger"}:  # Horovod's
+        taken["average"] = {"ledger": _ledger(change, [average["ledger"] for average in averages])}
     else:
-        taken["average"] = {"ledger": _ledger(change, [o["average"]["ledger"] for o in own])}
+        taken["average"] = resize(change, averages)
     return {**_optimizer(change, states, STATE_KEY), STATE_KEY: taken}
 
 

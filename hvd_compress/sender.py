@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,9 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from . import wire
-from .errors import RankMismatchError
-from .horovod_exchange import HorovodExchange, agree
+from .horovod_exchange import HorovodExchange
 from .ledger import Ledger
+from .meeting import Place, agree, meet, statement
 from .memory import Memory
 from .operators import Operator, working_dtype
 from .schedules import Constant, Plan
@@ -27,6 +26,8 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job 
 
 _STATE_FORMAT = 2
 ALIKE, AFTER = -1, -2  # in place of a rank: draws that are the same on all, before and after the exchange
+
+Overflow = list[tuple[int, str]]  # rank and name of what holds inf or NaN
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Sender:
         seed: of the operators' random draws. A draw depends on the seed, the rank, the exchange and the tensor
             only, so that neither the order of tensors nor a restart changes it.
         ledger: where the bytes are written down.
+        agree: is told of an exchange's overflow once it is known, and says what counts. Only then are memories
+            updated, so what it raises leaves them as they were.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Sender:
         dense_below: int,
         seed: int,
         ledger: Ledger,
+        agree: Callable[[Overflow], Overflow] = lambda overflow: overflow,
     ) -> None:
         # Configuration
         self._shapes = dict(shapes)
@@ -71,6 +75,7 @@ class Sender:
         self._dense_below = dense_below
         self._seed = seed
         self._ledger = ledger
+        self._agree = agree
         # State
         sizes = {name: shape.numel() for name, shape in shapes.items() if shape.numel() >= dense_below}
         self._schedule = operator.start(sizes) if isinstance(operator, Plan) else Constant(operator)
@@ -79,8 +84,8 @@ class Sender:
         self._round = 0
         self._pending: dict[str, Pending] = {}
         self._failure: Exception | None = None
-        self._place: tuple[int, int] | None = None  # this rank's, and number of ranks, once they have met
-        self._saved_as: tuple[int, int] | None = None  # the same in the state that was loaded
+        self._place: Place | None = None  # once the ranks have met
+        self._saved_as: Place | None = None  # in the state that was loaded
 
     @property
     def size(self) -> int:
@@ -109,9 +114,10 @@ class Sender:
                 self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
                 self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
-            self._fail(error)
+            self.fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
+        """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
         self._failure = self._failure or error
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,12 +184,7 @@ class Sender:
 
     def _meet(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> MPI.Intracomm:
         """A communicator of ``ranks`` alone, once all are there and agree. Collective; see :meth:`Reducer.open`."""
-        from .exchange import abort_on_uncaught_exception, rendezvous
-
-        here = (ranks.index(communicator.Get_rank()), len(ranks))
-        private, sent = rendezvous(communicator, ranks, self._statement(self._origin(here), expects), timeout)
-        self._settle(here)
-        abort_on_uncaught_exception(private)
+        private, self._place, sent = meet(communicator, ranks, self._statement(expects), self._saved_as, timeout)
         self._ledger.shared.mpi += sent
         return private
 
@@ -191,41 +192,12 @@ class Sender:
         self, process_set: hvd.ProcessSet, ranks: Sequence[int], expects: str
     ) -> HorovodExchange:
         """The same where Horovod runs without MPI."""
-        exchange = HorovodExchange(process_set)
-        here = (exchange.rank, exchange.size)
-        agree(exchange, ranks, self._statement(self._origin(here), expects))
-        self._settle(here)
+        exchange, self._place = agree(process_set, ranks, self._statement(expects), self._saved_as)
         self._ledger.shared.horovod += exchange.sent
         return exchange
 
-    def _origin(self, here: tuple[int, int]) -> str:
-        """Whose state was loaded, if it was not this rank's."""
-        if self._saved_as is None or self._saved_as == here:
-            return "a state of its own, or none"
-        rank, size = self._saved_as
-        return (
-            f"the state saved by rank {rank} of {size}, being rank {here[0]} of {here[1]} (each rank loads its own "
-            "file, and as many ranks resume as have saved, or hvd_compress.resize comes between)"
-        )
-
-    def _settle(self, here: tuple[int, int]) -> None:
-        if self._saved_as not in (None, here):  # a single rank has no other to disagree with
-            raise RankMismatchError(f"this rank has {self._origin(here)}")
-        self._place = here
-
-    def _statement(self, *expects: str) -> str:
-        shapes = [f"tensor {name} of shape {tuple(shape)}" for name, shape in self._shapes.items()]
-        return "\n".join(
-            [
-                f"message format {wire.VERSION}",
-                f"operator {self._operator!r}",
-                f"memory {self._memory!r}",
-                f"dense_below={self._dense_below}",
-                f"seed={self._seed}",
-                *expects,
-                *shapes,
-            ]
-        )
+    def _statement(self, expects: str) -> str:
+        return statement(self._shapes, self._operator, self._memory, self._dense_below, self._seed, expects)
 
     def _drop(self) -> None:
         """Forget what was added for an exchange that never came about."""

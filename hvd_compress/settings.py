@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,10 @@ from .schedules import Plan
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
+
+
+EXCHANGES = ("allgather", "hierarchical", "reduce_scatter", "auto")
+"""What ``exchange=`` may be."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class Settings:
     process_set: hvd.ProcessSet | None = None
     communicator: MPI.Intracomm | None = None
     grad_scaler: torch.amp.GradScaler | None = None
+    exchange: str = "allgather"
+    nodes: Sequence[int] | None = None
+    reselect: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator | Plan):
@@ -40,3 +47,9 @@ class Settings:
             raise ValueError(f"bucket_cap_mb must be a positive number of megabytes, got {self.bucket_cap_mb!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}")
+        if self.nodes is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in self.nodes):
+            raise TypeError(f"nodes must be an integer for each rank, got {self.nodes!r}")
+        if not self.reselect > 0:
+            raise ValueError(f"reselect must be positive, got {self.reselect!r}")

@@ -57,7 +57,10 @@ class Wrapped(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The wrapped optimizer's."""
-        self.optimizer.zero_grad(set_to_none=set_to_none)
+        if set_to_none:
+            self.optimizer.zero_grad()  # the default, and Horovod's optimizer takes no argument
+        else:
+            self.optimizer.zero_grad(set_to_none=False)
 
     # torch.amp.GradScaler would not call step() after an overflow on this rank; the ranks would then lose count of
     # their steps and wait for each other. With this mark it always calls, and leaves its two findings on the object.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 import torch
+from lab import missing as missing_lab
 from sandbox import missing
 from world import World
 
@@ -68,6 +69,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+    in_lab = [item for item in items if item.get_closest_marker("lab")]
+    if in_lab and (reason := missing_lab()):
+        for item in in_lab:
+            item.add_marker(pytest.mark.skip(reason=reason))
     on_slurm = [item for item in items if item.get_closest_marker("slurm")]
     if on_slurm and (reason := missing()):
         if config.getoption("--require-slurm"):

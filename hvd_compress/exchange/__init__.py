@@ -2,8 +2,26 @@
 
 from .communicator import abort_on_uncaught_exception, check_world
 from .gather import Exchange
+from .node import Node
+from .probe import probe, union
 from .rendezvous import rendezvous
+from .scatter import Scatter
 from .service import Service
+from .topology import Topology, labels_of, topology
 from .watch import Watch
 
-__all__ = ["Exchange", "Service", "Watch", "abort_on_uncaught_exception", "check_world", "rendezvous"]
+__all__ = [
+    "Exchange",
+    "Node",
+    "Scatter",
+    "Service",
+    "Topology",
+    "Watch",
+    "abort_on_uncaught_exception",
+    "check_world",
+    "labels_of",
+    "probe",
+    "rendezvous",
+    "topology",
+    "union",
+]

@@ -37,6 +37,9 @@ class Memory(ABC):
     """Whether tensors that are too small to be compressed need this memory too: they are then exchanged with the
     others rather than left to Horovod."""
 
+    takes_back: ClassVar[bool] = False
+    """Whether :meth:`take_back` is possible."""
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -85,6 +88,19 @@ class Memory(ABC):
             its own storage.
         """
         return total
+
+    def take_back(self, name: str, start: int, rest: Tensor) -> None:
+        """After :meth:`commit`: some of what ranks have sent was left out of the sum, and is to be sent again.
+
+        Args:
+            name: the parameter's.
+            start: the first of its elements that ``rest`` is about.
+            rest: ``[n]``, in the units of the tensors.
+
+        Raises:
+            TypeError: this memory does not keep what was not sent.
+        """
+        raise TypeError(f"{self!r} takes nothing back; memory='residual' does")
 
     def residual(self, name: str) -> Tensor | None:
         """What is still to be sent, ``[d]`` in the units of the tensors; None for nothing.

@@ -25,6 +25,8 @@ class Residual(Memory):
         ValueError: ``decay`` is out of its range.
     """
 
+    takes_back = True
+
     def __init__(self, decay: float = 1.0) -> None:
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay!r}")
@@ -61,6 +63,10 @@ class Residual(Memory):
             del self._residuals[name]
         else:
             self._residuals[name].copy_(before)
+
+    def take_back(self, name: str, start: int, rest: Tensor) -> None:
+        """m ← m + rest, for the elements in question."""
+        self._residuals[name][start : start + len(rest)] += rest
 
     def residual(self, name: str) -> Tensor | None:
         """m."""

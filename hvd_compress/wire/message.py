@@ -94,6 +94,18 @@ class Message:
         indices = None if self.indices is None else self.indices.to(device)
         return replace(self, indices=indices, values=self.values.to(device))
 
+    def part(self, start: int, stop: int) -> Message:
+        """What it says about elements [start, stop), as a message about these alone.
+
+        Raises:
+            TypeError: its values cannot be divided; whatever ``start`` and ``stop`` are.
+        """
+        if self.indices is None:
+            return Message((stop - start,), None, self.values.part(start, stop))
+        bounds = torch.tensor([start, stop], device=self.indices.device)
+        low, high = torch.searchsorted(self.indices, bounds).tolist()
+        return Message((stop - start,), self.indices[low:high] - start, self.values.part(low, high))
+
     def add_to(self, flat: Tensor, *, alpha: float = 1) -> None:
         """``flat += alpha * C(x)`` in place; ``flat`` is one-dimensional with :attr:`numel` elements."""
         values = self.values.decode().to(flat.dtype)

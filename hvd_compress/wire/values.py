@@ -42,6 +42,17 @@ class Values(ABC):
         """Those where ``chosen`` is true; only after :meth:`nonzero` has returned something."""
         raise NotImplementedError
 
+    def part(self, start: int, stop: int) -> Values:
+        """Values [start, stop) as values of their own.
+
+        Raises:
+            TypeError: they cannot be told without the others.
+        """
+        raise TypeError(
+            f"{type(self).__name__} values cannot be divided among ranks: send fewer elements (top-k) or use another "
+            "exchange"
+        )
+
 
 @dataclass(frozen=True)
 class Floats(Values):
@@ -77,6 +88,10 @@ class Floats(Values):
         """See :class:`Values`."""
         return Floats(self.numbers[chosen])
 
+    def part(self, start: int, stop: int) -> Floats:
+        """See :class:`Values`."""
+        return Floats(self.numbers[start:stop])
+
 
 @dataclass(frozen=True)
 class Levels(Values):
@@ -105,6 +120,10 @@ class Levels(Values):
     def to(self, device: torch.device) -> Levels:
         """See :class:`Values`."""
         return replace(self, levels=self.levels.to(device), parameters=self.parameters.to(device))
+
+    def part(self, start: int, stop: int) -> Values:
+        """See :class:`Values`."""
+        return replace(self, levels=self.levels[start:stop])
 
 
 @dataclass(frozen=True)
@@ -141,6 +160,10 @@ class Symmetric(Levels):
     def select(self, chosen: Tensor) -> Symmetric:
         """See :class:`Values`."""
         return replace(self, levels=self.levels[chosen])
+
+    def part(self, start: int, stop: int) -> Values:
+        """See :class:`Values`. In buckets a value's place tells its scale."""
+        return Values.part(self, start, stop) if self.bucket else super().part(start, stop)
 
 
 @dataclass(frozen=True)

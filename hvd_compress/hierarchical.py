@@ -1,0 +1,420 @@
+"""The compressed sum over nodes: dense inside a node, compressed between nodes.
+
+Each of the first ranks of a node owns a part of all elements, a *shard*. In one exchange
+
+1. the ranks of a node agree that they have the same to send,
+2. each shard is summed over the node at its owner, in full,
+3. owners of the same shard on all nodes exchange compressed messages, with memory, as the flat exchange does,
+4. the ranks of a node agree on the outcome, memories are updated, and the owners hand out the result.
+
+So the algorithms' worker is the node, whose vector is the mean over its ranks (weighted, where nodes have different
+numbers of ranks, so that the mean over nodes is the mean over ranks). Compressing by shards is piecewise compression,
+whose γ is the smallest piece's (arXiv 1906.02367, section 2, corollary on piecewise compression).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from .errors import PeerError, RankMismatchError
+from .ledger import Ledger
+from .meeting import Place, meet, statement, through_mpi
+from .memory import Memory
+from .operators import Operator, working_dtype
+from .pieces import Piece, cut, even_ends
+from .reducer import Reduced, Reducer
+from .schedules import Plan
+from .sender import Overflow
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI
+    import numpy as np
+    from mpi4py import MPI
+
+    from .exchange import Exchange, Node, Topology, Watch
+
+STATE_FORMAT = "hierarchical 1"
+_START, _DIFFERENCE, _OUTCOME = range(3)  # what the ranks of a node talk about in an exchange, in this order
+
+
+class HierarchicalReducer:
+    """Sums named tensors over ranks as :class:`hvd_compress.reducer.Reducer` does, compressing between nodes only.
+
+    With one rank on each node it is that one, bit for bit. Where nodes have different numbers of ranks there are as
+    many shards as the smallest has ranks; further ranks of other nodes own none. The result is the same, to the bit,
+    on every rank.
+
+    A message is about one shard's piece of a tensor: an operator that keeps k elements keeps k of each piece. At most
+    as many tensors as there are shards less one are cut.
+
+    Args:
+        shapes, operator, memory, dense_below, seed, ledger: see :class:`hvd_compress.sender.Sender`. The memory is
+            this rank's shard's.
+        bucket_cap_mb: see :class:`hvd_compress.reducer.Reducer`; of a shard.
+        nodes: a number for each rank's node (Horovod's rank is the place in it); None to ask MPI.
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        operator: Operator | Plan,
+        memory: Memory,
+        dense_below: int,
+        seed: int,
+        ledger: Ledger,
+        bucket_cap_mb: float,
+        nodes: Sequence[int] | None = None,
+    ) -> None:
+        # Configuration
+        self._sizes = {name: shape.numel() for name, shape in shapes.items()}
+        self._shapes = dict(shapes)
+        self._ids = {name: id for id, name in enumerate(shapes)}
+        self._operator = operator
+        self._memory = memory
+        self._dense_below = dense_below
+        self._seed = seed
+        self._ledger = ledger
+        self._bucket_cap_mb = bucket_cap_mb
+        self._nodes = None if nodes is None else tuple(nodes)
+        # State
+        self._round = 0
+        self._pending: dict[str, Tensor] = {}  # flat, in the working dtype
+        self._failure: Exception | None = None
+        self._place: Place | None = None
+        self._watch: Watch | None = None
+        self._loaded: dict[str, Any] | None = None  # a state that waits for the shards to be known
+        self._told = False  # whether the node knows the outcome of this exchange
+        # Once the ranks have met
+        self._topology: Topology
+        self._parts: list[list[Piece]]  # by shard
+        self._called: list[int]  # Horovod's numbers of this node's ranks
+        self._node: Node
+        self._status: Exchange  # within the node
+        self._inner: Reducer | None = None  # of this rank's shard, if it has one
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the ranks have met."""
+        return self._place is not None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are summed over."""
+        assert self._place is not None, "open() comes first"
+        return self._place[1]
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        assert self._place is not None, "open() comes first"
+        return self._place[0]
+
+    @property
+    def covers_small(self) -> bool:
+        """Whether small tensors have to come here too."""
+        return self._memory.covers_small
+
+    def open(self, link: MPI.Intracomm | hvd.ProcessSet, ranks: Sequence[int], expects: str, timeout: float) -> None:
+        """Meet the other ``ranks`` and find out who shares a node; see :meth:`hvd_compress.reducer.Reducer.open`.
+
+        Raises:
+            RankMismatchError: see there; also when the state that was loaded is of other shards than these.
+            RuntimeError: Horovod runs without MPI.
+            ValueError: ``nodes`` does not speak of all ranks.
+        """
+        communicator = through_mpi(link, "hierarchical")
+        from .exchange import Exchange, Node, Watch, labels_of, topology
+
+        labels = labels_of(self._nodes, ranks)
+        by = "shared memory" if self._nodes is None else f"nodes={self._nodes}"
+        expects = f"exchange hierarchical by {by}\n{self._round} exchanges so far\n{expects}"
+        mine = statement(self._shapes, self._operator, self._memory, self._dense_below, self._seed, expects)
+        saved_as = None if self._loaded is None else self._loaded["place"]
+        private, place, sent = meet(communicator, ranks, mine, saved_as, timeout)
+        self._ledger.shared.mpi += sent
+        self._topology, sent = topology(private, labels)
+        self._ledger.shared.mpi += sent
+        self._parts = cut(self._sizes, even_ends(sum(self._sizes.values()), self._topology.shards))
+        node, local = self._topology.place(place[0])
+        self._check_loaded(private, node, local)
+        group, together = private.Get_group(), self._topology.nodes[node]
+        within = private.Create_group(group.Incl(together))
+        self._node, self._status = Node(within), Exchange(within.Dup())
+        self._called = [ranks[place] for place in together]
+        if local < self._topology.shards:
+            owners = [others[local] for others in self._topology.nodes]
+            across = private.Create_group(group.Incl(owners))
+            self._open_shard(across, local, [ranks[place] for place in owners], expects, timeout)
+        self._loaded, self._place, self._watch = None, place, Watch(private, timeout)
+
+    def leave(self) -> None:
+        """Not to be done: a node's memory could not go on with other ranks.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "exchange='hierarchical' keeps memories by node and cannot go on with another number of ranks: use "
+            "exchange='allgather' here"
+        )
+
+    def _open_shard(self, across: MPI.Intracomm, shard: int, called: list[int], expects: str, timeout: float) -> None:
+        """Meet the owners of the same shard on the other nodes."""
+        inner = Reducer(
+            {piece.name: torch.Size([len(piece)]) for piece in self._parts[shard]},
+            operator=self._operator,
+            memory=self._memory,
+            dense_below=self._dense_below,
+            bucket_cap_mb=self._bucket_cap_mb,
+            seed=self._seed + shard,  # so that shards draw independently
+            ledger=self._ledger,
+            agree=self._agree,
+        )
+        if self._loaded is not None:
+            inner.load_state_dict({**self._loaded["inner"], "ledger": self._ledger.state_dict()})
+        inner.join(across, range(across.Get_size()), expects, timeout, called)
+        self._inner = inner
+
+    def _check_loaded(self, private: MPI.Intracomm, node: int, local: int) -> None:
+        """Every rank raises, if any has loaded the state of other shards than there are here."""
+        import numpy as np
+
+        differs = self._loaded is not None and self._loaded["layout"] != self._layout(node, local)
+        anywhere = np.zeros(private.Get_size(), np.bool_)
+        private.Allgather(np.array([differs]), anywhere)
+        self._ledger.shared.mpi += 1
+        if anywhere.any():
+            raise RankMismatchError(
+                f"the state of rank(s) {np.flatnonzero(anywhere).tolist()} was saved with other numbers of ranks on "
+                f"the nodes; here are {self._topology}: resume with as many on each, or without the state"
+            )
+
+    def _layout(self, node: int, local: int) -> list[int]:
+        return [node, len(self._topology.nodes), local, self._topology.shards]
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take in ``tensor`` for the next exchange; see :meth:`hvd_compress.reducer.Reducer.add`."""
+        if self._watch is not None:
+            self._watch.begin()
+        try:
+            self._pending[name] = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+        except Exception as error:  # every rank must reach the exchange, which then tells the others
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
+        self._failure = self._failure or error
+
+    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+        """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`.
+
+        An overflow is blamed on the rank that owns the shard on the node where it was met, whichever of the node's
+        ranks it came from.
+        """
+        assert self._watch is not None, "open() comes first"
+        self._watch.begin()
+        sent_before = self._node.sent + self._status.sent
+        try:
+            with self._ledger.timed("exchange"):
+                return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+        finally:
+            self._ledger.shared.node += self._node.sent + self._status.sent - sent_before
+            self._watch.end()
+
+    def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
+        pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
+        failure, self._pending, self._failure, self._told = self._failure, {}, None, False
+        failure, overflow_elsewhere = self._agree_to_start(list(pending), step, failure, overflow_elsewhere)
+        on_host = {name: flat.cpu() for name, flat in pending.items()}
+        if failure is None:
+            for parts in self._vectors(on_host):
+                self._node.sum_at_owners(parts)
+        if self._inner is None:
+            self._ledger.exchanges += 1
+            if failure is not None:
+                raise failure
+            overflow = self._agree([])
+        else:
+            overflow = self._reduce_shard(pending, on_host, step, divisor, failure, overflow_elsewhere)
+        self._round += 1
+        for parts in self._vectors(on_host):
+            self._node.share(parts)
+        for name, flat in pending.items():
+            if on_host[name] is not flat:
+                flat.copy_(on_host[name])
+        return Reduced(dict(pending), overflow)
+
+    def _reduce_shard(
+        self,
+        pending: Mapping[str, Tensor],
+        on_host: Mapping[str, Tensor],
+        step: int,
+        divisor: float,
+        failure: Exception | None,
+        overflow_elsewhere: bool,
+    ) -> Overflow:
+        """This rank's shard of ``on_host``, summed over the node, becomes the sum over ranks, divided."""
+        assert self._inner is not None
+        workers, weight = self._inner.size, self._inner.size / self.size
+        pieces = [p for p in self._parts[self._topology.place(self.rank)[1]] if p.name in pending]
+        if failure is not None:
+            self._inner.fail(failure)
+        else:
+            for p in reversed(pieces):  # as buckets depart
+                flat = on_host[p.name][p.start : p.stop]
+                if workers != self.size:
+                    flat.mul_(weight)
+                self._inner.add(p.name, flat.to(pending[p.name].device))
+        try:
+            reduced = self._inner.reduce(
+                step, divisor=divisor * workers / self.size, overflow_elsewhere=overflow_elsewhere
+            )
+        except Exception as error:
+            if failure is None and not self._told:
+                self._tell(error)
+            raise
+        for p in pieces:
+            total, flat = reduced.sums[p.name], on_host[p.name][p.start : p.stop]
+            if total.data_ptr() != flat.data_ptr():
+                flat.copy_(total)
+        return reduced.overflow
+
+    def _vectors(self, tensors: Mapping[str, Tensor]) -> list[list[list[np.ndarray]]]:
+        """The parts of ``tensors`` for each owner, one list of these for each dtype."""
+        dtypes = {flat.dtype: None for flat in tensors.values()}
+        return [
+            [
+                [
+                    tensors[p.name][p.start : p.stop].numpy()
+                    for p in part
+                    if p.name in tensors and tensors[p.name].dtype == dtype
+                ]
+                for part in self._parts
+            ]
+            for dtype in dtypes
+        ]
+
+    # What the ranks of a node tell each other
+
+    def _agree_to_start(
+        self, names: list[str], step: int, failure: Exception | None, overflow_elsewhere: bool
+    ) -> tuple[Exception | None, bool]:
+        """Why the node cannot send, if so, and whether one of its ranks has met an overflow elsewhere."""
+        ids = [self._ids[name] for name in names]
+        mine = {"step": step, "ids": hash(tuple(ids)), "overflow": overflow_elsewhere, "failure": _text(failure)}
+        all_of_them = self._exchange(mine, _START)
+        if failure is None:
+            failure = self._peer_error(all_of_them)
+        for rank, its in zip(self._called, all_of_them, strict=True):
+            if failure is None and its["step"] != step:
+                failure = RankMismatchError(f"rank {rank} exchanges at step {its['step']}, this rank at step {step}")
+        if any(its["ids"] != mine["ids"] for its in all_of_them):
+            lists = self._exchange({"ids": ids}, _DIFFERENCE)
+            if failure is None:
+                sets = [{*its["ids"]} for its in lists]
+                different = set.union(*sets) - set.intersection(*sets)
+                which = ", ".join(name for name, id in self._ids.items() if id in different)
+                failure = RankMismatchError(f"the ranks do not send the same tensors: {which}")
+        return failure, any(its["overflow"] for its in all_of_them)
+
+    def _agree(self, overflow: Overflow) -> Overflow:
+        """The overflow of all of the node's shards; raises what another one has met."""
+        self._told = True
+        all_of_them = self._exchange({"overflow": overflow, "failure": None}, _OUTCOME)
+        if (error := self._peer_error(all_of_them)) is not None:
+            raise error
+        return sorted({(rank, name) for its in all_of_them for rank, name in its["overflow"]})
+
+    def _tell(self, error: Exception) -> None:
+        """Answer those who are in :meth:`_agree`."""
+        self._told = True
+        self._exchange({"overflow": [], "failure": _text(error)}, _OUTCOME)
+
+    def _peer_error(self, all_of_them: list[dict[str, Any]]) -> PeerError | None:
+        failed = [(rank, its["failure"]) for rank, its in zip(self._called, all_of_them, strict=True)]
+        texts = [f"rank {rank} failed: {text}" for rank, text in failed if text is not None]
+        return PeerError("; ".join(texts)) if texts else None
+
+    def _exchange(self, mine: dict[str, Any], what: int) -> list[dict[str, Any]]:
+        """What each of the node's ranks says, in their order."""
+        import numpy as np
+
+        if self._node.size == 1:
+            return [mine]
+        data = np.frombuffer(json.dumps(mine).encode(), np.uint8)
+        with self._ledger.timed("exchange"):
+            received = self._status.allgatherv(data, what)
+        return [json.loads(data.tobytes()) for data in received]
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`hvd_compress.sender.Sender.state_dict`. The memory is that of this rank's shard.
+
+        Raises:
+            RuntimeError: tensors were added that have not been exchanged.
+        """
+        if self._pending:
+            raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
+        if self._loaded is not None:
+            return dict(self._loaded)
+        return {
+            "format": STATE_FORMAT,
+            "round": self._round,
+            "seed": self._seed,
+            "place": self._place,
+            "layout": self._place and self._layout(*self._topology.place(self.rank)),
+            "op": "Average",
+            "inner": None if self._inner is None else self._inner.state_dict(),
+            "ledger": self._ledger.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; on an error nothing has changed.
+
+        Raises:
+            ValueError: the state is of another exchange or format, of other tensors, or of another rank.
+        """
+        if state.get("format") != STATE_FORMAT:
+            raise ValueError(
+                f"expected a state of format {STATE_FORMAT!r}, got {state.get('format')!r}: it was saved with "
+                "another exchange=…"
+            )
+        strange = [] if state["inner"] is None else [n for n in state["inner"]["memory"] if n not in self._sizes]
+        if strange:
+            raise ValueError(f"the state has a memory for {strange[0]!r}, which is not a parameter here")
+        if self.is_open and state["place"] is not None:
+            here = self._layout(*self._topology.place(self.rank))
+            if (tuple(state["place"]), state["layout"]) != (self._place, here):
+                raise ValueError("the state is another rank's, or of other numbers of ranks on the nodes")
+        if self._inner is not None and state["inner"] is not None:
+            self._inner.load_state_dict(state["inner"])
+        elif not self.is_open:
+            self._loaded = None if state["place"] is None else {**state, "place": tuple(state["place"])}
+        self._ledger.load_state_dict(state["ledger"])
+        self._round, self._seed = state["round"], state["seed"]
+        self._pending, self._failure = {}, None
+        if self._watch is not None:
+            self._watch.give_up()
+
+    def reset_memory(self) -> None:
+        """Forget what the memory holds. Do it on all ranks, between exchanges."""
+        self._memory.reset()
+
+    def residual(self, name: str) -> Tensor | None:
+        """Not to be had: a node's memory of a tensor may lie with several of its ranks.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("exchange='hierarchical' keeps memories by node, not by rank: use exchange='allgather' here")
+
+
+def _text(failure: Exception | None) -> str | None:
+    return None if failure is None else f"{type(failure).__name__}: {failure}"

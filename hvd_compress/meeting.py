@@ -1,0 +1,120 @@
+"""The first exchange: ranks find each other, and compare what they are about to do."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import horovod.torch as hvd
+import numpy as np
+import torch
+
+from . import wire
+from .errors import RankMismatchError
+from .horovod_exchange import HorovodExchange
+from .memory import Memory
+from .operators import Operator
+from .schedules import Plan
+
+if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
+    from mpi4py import MPI
+
+Place = tuple[int, int]  # a rank's place among those that reduce together, and their number
+
+
+def statement(
+    shapes: Mapping[str, torch.Size],
+    operator: Operator | Plan,
+    memory: Memory,
+    dense_below: int,
+    seed: int,
+    *expects: str,
+) -> str:
+    """Lines that must be the same on all ranks: the settings, then ``expects``, then the tensors."""
+    return "\n".join(
+        [
+            f"message format {wire.VERSION}",
+            f"operator {operator!r}",
+            f"memory {memory!r}",
+            f"dense_below={dense_below}",
+            f"seed={seed}",
+            *expects,
+            *(f"tensor {name} of shape {tuple(shape)}" for name, shape in shapes.items()),
+        ]
+    )
+
+
+def meet(
+    communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, saved_as: Place | None, timeout: float
+) -> tuple[MPI.Intracomm, Place, int]:
+    """Wait for all ``ranks``, and compare. Collective over them.
+
+    Args:
+        communicator: contains the ranks.
+        ranks: ascending, this one among them.
+        expects: lines that must be the same on all of them; see :func:`statement`.
+        saved_as: whose state this rank has loaded, if any.
+        timeout: seconds to wait.
+
+    Returns:
+        A communicator of ``ranks`` alone, this rank's place in it, and the bytes that were handed to MPI.
+
+    Raises:
+        RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
+            another rank or of another number of ranks.
+    """
+    from .exchange import abort_on_uncaught_exception, rendezvous
+
+    here = (ranks.index(communicator.Get_rank()), len(ranks))
+    private, sent = rendezvous(communicator, ranks, f"{_origin(saved_as, here)}\n{expects}", timeout)
+    _check_origin(saved_as, here)
+    abort_on_uncaught_exception(private)
+    return private, here, sent
+
+
+def agree(
+    process_set: hvd.ProcessSet, ranks: Sequence[int], expects: str, saved_as: Place | None
+) -> tuple[HorovodExchange, Place]:
+    """The same where Horovod runs without MPI; the exchange is named after what all ranks agree on."""
+    exchange = HorovodExchange(process_set)
+    here = (exchange.rank, exchange.size)
+    mine = f"{_origin(saved_as, here)}\n{expects}"
+    gathered = exchange.allgatherv(np.frombuffer(mine.encode(), np.uint8).copy())
+    statements = [data.tobytes().decode() for data in gathered]
+    differing = [place for place, other in enumerate(statements) if other != statements[0]]
+    if differing:
+        others = [ranks[place] for place in differing]
+        raise RankMismatchError.between(ranks[0], statements[0], others, statements[differing[0]])
+    _check_origin(saved_as, here)
+    exchange.name += "." + hashlib.sha256(mine.encode()).hexdigest()[:16]
+    return exchange, here
+
+
+def through_mpi(link: MPI.Intracomm | hvd.ProcessSet, exchange: str) -> MPI.Intracomm:
+    """``link``, for an exchange that Horovod alone cannot do.
+
+    Raises:
+        RuntimeError: Horovod runs without MPI.
+    """
+    if isinstance(link, hvd.ProcessSet):
+        raise RuntimeError(
+            f"exchange={exchange!r} needs MPI, and Horovod runs without it here: start the job by mpirun, srun or "
+            "horovodrun --mpi, or use exchange='allgather'"
+        )
+    return link
+
+
+def _origin(saved_as: Place | None, here: Place) -> str:
+    """Whose state was loaded, if it was not this rank's."""
+    if saved_as is None or saved_as == here:
+        return "a state of its own, or none"
+    return (
+        f"the state saved by rank {saved_as[0]} of {saved_as[1]}, being rank {here[0]} of {here[1]} (each rank loads "
+        "its own file, and as many ranks resume as have saved, or hvd_compress.resize comes between)"
+    )
+
+
+def _check_origin(saved_as: Place | None, here: Place) -> None:
+    if saved_as not in (None, here):  # a single rank has no other to disagree with
+        raise RankMismatchError(f"this rank has {_origin(saved_as, here)}")

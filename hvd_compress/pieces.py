@@ -1,0 +1,44 @@
+"""Dividing the concatenation of all tensors among ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, stop) of a flattened tensor, at least one."""
+
+    name: str
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def even_ends(total: int, parts: int) -> list[int]:
+    """Where parts of ``total`` elements end that differ by one element at most."""
+    return [total * (i + 1) // parts for i in range(parts)]
+
+
+def cut(sizes: Mapping[str, int], ends: Sequence[int]) -> list[list[Piece]]:
+    """The pieces of each part of the concatenation of tensors of these sizes; an empty tensor has none.
+
+    Args:
+        sizes: elements by name.
+        ends: where each part ends; they do not descend, and the last is the sum of ``sizes``.
+    """
+    parts: list[list[Piece]] = [[] for _ in ends]
+    offset = part = 0
+    for name, size in sizes.items():
+        start = 0
+        while start < size:
+            while ends[part] <= offset + start:
+                part += 1
+            stop = min(size, ends[part] - offset)
+            parts[part].append(Piece(name, start, stop))
+            start = stop
+        offset += size
+    return parts
