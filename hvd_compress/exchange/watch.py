@@ -104,24 +104,32 @@ class _Watcher:
                 self._send(rank, _GONE, self._place())
 
     def leave(self) -> None:
-        """The same at the end of the program, which goes on ending once no other rank waits for this one.
+        """The same at the end of the program, which ends when the others' do, as MPI_Finalize would have it.
 
-        It would take MPI with it, on all ranks, if that was started by Horovod.
+        Until then this rank watches whether another comes to wait for it. A Horovod that started MPI would end it on
+        all ranks.
         """
         if os.getpid() != self._process:  # a fork of it
             return
         self.retire()
-        self._told = {}
-        deadline = time.monotonic() + _ANSWER_SECONDS
-        while not {*self._told, *self._gone} >= {*self._others} and time.monotonic() < deadline:
-            if MPI.Is_finalized():
+        asked, heard = 0.0, dict.fromkeys(self._others, time.monotonic())
+        while left := [rank for rank in self._others if rank not in self._gone]:
+            now = time.monotonic()
+            if MPI.Is_finalized() or all(now - heard[rank] > 6 * _ANSWER_SECONDS for rank in left):
                 return
+            if now - asked > 4 * _LOOK_SECONDS:
+                asked, self._told = now, {}
+                for rank in left:
+                    self._send(rank, _ASK, self._place())
             self._receive()
+            heard.update((rank, now) for rank in self._told)
+            waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
+            if waiting:
+                ranks = _list(waiting)
+                self._end_job(
+                    f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it"
+                )
             time.sleep(0.002)
-        waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
-        if waiting:
-            ranks = _list(waiting)
-            self._end_job(f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it")
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
