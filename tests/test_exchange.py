@@ -39,12 +39,13 @@ def wrap(model: torch.nn.Module, compression: Any) -> Any:
 # Buffers
 
 
-def unequal_buffers() -> None:
+def unequal_buffers(cards_are_shared: bool) -> None:
     from mpi4py import MPI
 
     from hvd_compress.exchange import Exchange
 
     exchange = Exchange(MPI.COMM_WORLD.Dup())
+    exchange._cards_are_shared = cards_are_shared  # or not: the same by other collectives
     sent = 0
     last, spread, expected = [-1, -1], [0, 0], [0, 0]  # by place
     for round in range(40):
@@ -91,8 +92,9 @@ def test_lengths_take_no_round_trip_of_their_own(world: World) -> None:
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-def test_buffers_of_unequal_and_zero_length(world: World) -> None:
-    world.run(unequal_buffers)
+@pytest.mark.parametrize("cards_are_shared", [False, True])
+def test_buffers_of_unequal_and_zero_length(world: World, cards_are_shared: bool) -> None:
+    world.run(unequal_buffers, cards_are_shared)
 
 
 # The ledger tells the truth

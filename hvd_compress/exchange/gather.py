@@ -31,6 +31,7 @@ class Exchange:
         self._communicator = communicator
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
+        self._cards_are_shared = _cards_are_shared(communicator)
         # State
         self.sent = 0  # bytes of all send buffers handed to MPI so far
         self._forecasts: dict[int, _Forecast] = {}  # by place; the same on all ranks
@@ -73,9 +74,15 @@ class Exchange:
     def _gather(self, buffer: Bytes, lengths: Lengths) -> list[Bytes]:
         gathered = np.empty(int(lengths.sum()), np.uint8)
         starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        request = self._communicator.Iallgatherv(buffer, [gathered, lengths, starts, MPI.BYTE])
+        where = [gathered, lengths, starts, MPI.BYTE]
+        if self._cards_are_shared:
+            # Open MPI's nonblocking gather sends each message to each rank by itself. Its blocking ones send several
+            # times fewer bytes over a card that ranks share, but hold a core: so only once all ranks are there.
+            _wait(self._communicator.Ibarrier())
+            self._communicator.Allgatherv(buffer, where)
+        else:
+            _wait(self._communicator.Iallgatherv(buffer, where))
         self.sent += buffer.nbytes
-        _wait(request)
         return np.split(gathered, starts[1:])
 
 
@@ -96,6 +103,14 @@ class _Forecast:
         self.lengths = lengths + 2 * self._spread
         if self.lengths.sum() + len(lengths) * _LENGTH_BYTES > LIMIT:
             self.lengths = np.zeros_like(lengths)
+
+
+def _cards_are_shared(communicator: MPI.Intracomm) -> bool:
+    """Whether there are several nodes, some of them with several ranks. Collective."""
+    node = communicator.Split_type(MPI.COMM_TYPE_SHARED)
+    largest = communicator.allreduce(node.Get_size(), MPI.MAX)
+    node.Free()
+    return 1 < largest < communicator.Get_size()
 
 
 def _wait(request: MPI.Request) -> None:
