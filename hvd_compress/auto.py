@@ -155,12 +155,12 @@ class AutoReducer:
         try:
             self._pending[name] = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         except Exception as error:  # every rank must reach the exchange
-            self.fail(error)
+            self.let_fail(error)
 
-    def fail(self, error: Exception) -> None:
-        """See :meth:`hvd_compress.sender.Sender.fail`."""
+    def let_fail(self, error: Exception) -> None:
+        """See :meth:`hvd_compress.sender.Sender.let_fail`."""
         if self._chosen is not None:
-            self._chosen.fail(error)
+            self._chosen.let_fail(error)
         else:
             self._failure = self._failure or error
 
@@ -184,7 +184,7 @@ class AutoReducer:
         for name, tensor in pending.items():
             self._chosen.add(name, tensor)
         if failure is not None:
-            self._chosen.fail(failure)
+            self._chosen.let_fail(failure)
         return self._chosen
 
     def _choose(self, pending: Mapping[str, Tensor]) -> str:

@@ -205,9 +205,9 @@ class HierarchicalReducer:
         try:
             self._pending[name] = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
-            self.fail(error)
+            self.let_fail(error)
 
-    def fail(self, error: Exception) -> None:
+    def let_fail(self, error: Exception) -> None:
         """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
         self._failure = self._failure or error
 
@@ -264,7 +264,7 @@ class HierarchicalReducer:
         workers, weight = self._inner.size, self._inner.size / self.size
         pieces = [p for p in self._parts[self._topology.place(self.rank)[1]] if p.name in pending]
         if failure is not None:
-            self._inner.fail(failure)
+            self._inner.let_fail(failure)
         else:
             for p in reversed(pieces):  # as buckets depart
                 flat = on_host[p.name][p.start : p.stop]

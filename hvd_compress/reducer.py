@@ -145,7 +145,7 @@ class Reducer(Sender):
         if self._watch is not None:
             self._watch.begin()
         if name in self._gone:
-            self.fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
+            self.let_fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
             return
         super().add(name, tensor)
         self._here.add(name)

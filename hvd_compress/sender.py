@@ -114,9 +114,9 @@ class Sender:
                 self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
                 self._pending[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
-            self.fail(error)
+            self.let_fail(error)
 
-    def fail(self, error: Exception) -> None:
+    def let_fail(self, error: Exception) -> None:
         """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
         self._failure = self._failure or error
 

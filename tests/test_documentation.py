@@ -141,7 +141,7 @@ def test_no_python_in_a_document_is_left_out() -> None:
     """Whoever writes a block of Python has to see to it that a test runs it."""
     have = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS if code_blocks(path, "python")}
     run_by_name = {f"docs/tutorials/{page}.md" for page in PAGES}
-    run_by_their_own_tests = {"README.md", "docs/faults.md", "docs/how-it-works.md", "docs/slurm.md"}
+    run_by_their_own_tests = {"README.md", "docs/faults.md", "docs/how-it-works.md", "docs/scale.md", "docs/slurm.md"}
     shown_only = {"CONTRIBUTING.md"}  # a test, in the form in which tests are written here
     assert have <= run_by_name | run_by_their_own_tests | shown_only
 

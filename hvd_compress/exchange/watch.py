@@ -44,7 +44,7 @@ class Watch:
         self._watcher = _Watcher(communicator.Dup(), timeout, what)
         if communicator.Get_size() > 1:
             self._watcher.start()
-            weakref.finalize(self, self._watcher.retire).atexit = False  # where leave() comes
+            weakref.finalize(self, self._watcher.retire).atexit = False  # where all of them are seen to together
 
     def begin(self) -> None:
         """This rank has come to an exchange; again is as good as once.
@@ -84,6 +84,7 @@ class _Watcher:
         self._asked: float | None = None
         self._told: dict[int, dict[str, Any]] = {}
         self._gone: dict[int, dict[str, Any]] = {}
+        self._heard: dict[int, float] = {}  # when, at the end of the program
         self._quiet_until = 0.0  # while another rank is asking
         self._outgoing: list[tuple[MPI.Request, Any]] = []
         self._thread = threading.Thread(target=self._run, name="hvd_compress watch", daemon=True)
@@ -91,45 +92,40 @@ class _Watcher:
     def start(self) -> None:
         """Begin to look."""
         self._thread.start()
-        atexit.register(self.leave)
+        _watching.add(self)
+        atexit.unregister(
+            _end_of_program
+        )  # it comes before what was registered until now, Horovod's end for instance
+        atexit.register(_end_of_program)
 
     def retire(self) -> None:
         """This rank comes to no more exchanges: tell the others, who may wait for it."""
-        atexit.unregister(self.leave)
+        _watching.discard(self)
         self._stopped.set()
         if self._thread is not threading.current_thread():
             self._thread.join(_ANSWER_SECONDS)
-        if not MPI.Is_finalized():
+        if not MPI.Is_finalized() and os.getpid() == self._process:
             for rank in self._others:
                 self._send(rank, _GONE, self._place())
 
-    def leave(self) -> None:
-        """The same at the end of the program, which ends when the others' do, as MPI_Finalize would have it.
-
-        Until then this rank watches whether another comes to wait for it. A Horovod that started MPI would end it on
-        all ranks.
-        """
-        if os.getpid() != self._process:  # a fork of it
-            return
-        self.retire()
-        asked, heard = 0.0, dict.fromkeys(self._others, time.monotonic())
-        while left := [rank for rank in self._others if rank not in self._gone]:
-            now = time.monotonic()
-            if MPI.Is_finalized() or all(now - heard[rank] > 6 * _ANSWER_SECONDS for rank in left):
-                return
-            if now - asked > 4 * _LOOK_SECONDS:
-                asked, self._told = now, {}
-                for rank in left:
-                    self._send(rank, _ASK, self._place())
-            self._receive()
-            heard.update((rank, now) for rank in self._told)
-            waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
-            if waiting:
-                ranks = _list(waiting)
-                self._end_job(
-                    f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it"
-                )
-            time.sleep(0.002)
+    def lingers(self, now: float) -> bool:
+        """At the end of the program: whether others' go on, one of which may come to wait for this rank."""
+        for rank in self._others:
+            self._heard.setdefault(rank, now)
+        left = [rank for rank in self._others if rank not in self._gone]
+        if all(now - self._heard[rank] > 6 * _ANSWER_SECONDS for rank in left):  # or none is left
+            return False
+        if self._asked is None or now - self._asked > 4 * _LOOK_SECONDS:
+            self._asked, self._told = now, {}
+            for rank in left:
+                self._send(rank, _ASK, self._place())
+        self._receive()
+        self._heard.update((rank, now) for rank in self._told)
+        waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
+        if waiting:
+            ranks = _list(waiting)
+            self._end_job(f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it")
+        return True
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
@@ -222,6 +218,22 @@ def _read(text: bytes) -> dict[str, Any] | None:
         return {"done": int(what["done"]), "waits": bool(what["waits"]), "stack": str(what["stack"])}
     except (ValueError, TypeError, KeyError):
         return None
+
+
+_watching: set[_Watcher] = set()  # of this process, as are the functions that it calls at its end
+
+
+def _end_of_program() -> None:
+    """This rank's program ends when the others' do, as MPI_Finalize has it. Horovod would end MPI on all ranks.
+
+    Until then it watches, for all kinds of exchanges at once, whether another rank comes to wait for it.
+    """
+    watchers = list(_watching)
+    for watcher in watchers:
+        watcher.retire()
+    while watchers and not MPI.Is_finalized():
+        watchers = [watcher for watcher in watchers if watcher.lingers(time.monotonic())]
+        time.sleep(0.002)
 
 
 def _stack() -> str:
