@@ -24,6 +24,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,11 @@ class Interruption:
         """
         self._watch.begin()
         try:
-            return bool(self._communicator.allreduce(int(self.requested)))
+            votes, total = np.array([self.requested], np.int64), np.zeros(1, np.int64)
+            request = self._communicator.Iallreduce(votes, total)
+            while not request.Test():  # not blocked in MPI, where nothing would see that a rank does not come
+                time.sleep(0.001)
+            return bool(total[0])
         finally:
             self._watch.end()
 
