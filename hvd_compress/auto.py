@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import costs, wire
 from .ledger import Ledger
-from .meeting import Place, meet, statement, through_mpi
+from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
 from .operators import Operator, working_dtype
 from .reducer import Reduced
@@ -37,7 +37,7 @@ _WINDOW = 1 << 16  # elements in which the union of all ranks' selections is cou
 logger = logging.getLogger(__name__)
 
 
-class AutoReducer:
+class AutoReducer(Member):
     """Sums by the exchange that :mod:`hvd_compress.costs` expects to be the fastest here.
 
     The first :meth:`reduce` measures the links between and within nodes, how long this rank's tensors take to
@@ -89,23 +89,6 @@ class AutoReducer:
     def is_open(self) -> bool:
         """Whether the ranks have met."""
         return self._place is not None
-
-    @property
-    def size(self) -> int:
-        """Number of ranks that are summed over."""
-        assert self._place is not None, "open() comes first"
-        return self._place[1]
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among them."""
-        assert self._place is not None, "open() comes first"
-        return self._place[0]
-
-    @property
-    def covers_small(self) -> bool:
-        """Whether small tensors have to come here too."""
-        return self._memory.covers_small
 
     def open(self, link: MPI.Intracomm | hvd.ProcessSet, ranks: Sequence[int], expects: str, timeout: float) -> None:
         """Meet the other ranks; see :meth:`hvd_compress.reducer.Reducer.open`.

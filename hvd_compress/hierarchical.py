@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .errors import PeerError, RankMismatchError
 from .ledger import Ledger
-from .meeting import Place, meet, statement, through_mpi
+from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
 from .operators import Operator, working_dtype
 from .pieces import Piece, cut, even_ends
@@ -42,7 +42,7 @@ STATE_FORMAT = "hierarchical 1"
 _START, _DIFFERENCE, _OUTCOME = range(3)  # what the ranks of a node talk about in an exchange, in this order
 
 
-class HierarchicalReducer:
+class HierarchicalReducer(Member):
     """Sums named tensors over ranks as :class:`hvd_compress.reducer.Reducer` does, compressing between nodes only.
 
     With one rank on each node it is that one, bit for bit. Where nodes have different numbers of ranks there are as
@@ -102,23 +102,6 @@ class HierarchicalReducer:
     def is_open(self) -> bool:
         """Whether the ranks have met."""
         return self._place is not None
-
-    @property
-    def size(self) -> int:
-        """Number of ranks that are summed over."""
-        assert self._place is not None, "open() comes first"
-        return self._place[1]
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among them."""
-        assert self._place is not None, "open() comes first"
-        return self._place[0]
-
-    @property
-    def covers_small(self) -> bool:
-        """Whether small tensors have to come here too."""
-        return self._memory.covers_small
 
     def open(self, link: MPI.Intracomm | hvd.ProcessSet, ranks: Sequence[int], expects: str, timeout: float) -> None:
         """Meet the other ``ranks`` and find out who shares a node; see :meth:`hvd_compress.reducer.Reducer.open`.

@@ -23,6 +23,30 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job 
 Place = tuple[int, int]  # a rank's place among those that reduce together, and their number
 
 
+class Member:
+    """What all that sum over ranks tell of themselves."""
+
+    _memory: Memory
+    _place: Place | None  # once the ranks have met
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are summed over."""
+        assert self._place is not None, "open() comes first"
+        return self._place[1]
+
+    @property
+    def rank(self) -> int:
+        """This rank's place among them."""
+        assert self._place is not None, "open() comes first"
+        return self._place[0]
+
+    @property
+    def covers_small(self) -> bool:
+        """Whether small tensors have to come here too."""
+        return self._memory.covers_small
+
+
 def statement(
     shapes: Mapping[str, torch.Size],
     operator: Operator | Plan,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .horovod_exchange import HorovodExchange
 from .ledger import Ledger
-from .meeting import Place, agree, meet, statement
+from .meeting import Member, Place, agree, meet, statement
 from .memory import Memory
 from .operators import Operator, working_dtype
 from .schedules import Constant, Plan
@@ -40,7 +40,7 @@ class Pending:
     remembered: bool  # whether the memory waits for the outcome
 
 
-class Sender:
+class Sender(Member):
     """Turns named tensors into messages, with memory: the half of an exchange that is the same for all kinds of it.
 
     Tensors are :meth:`add`-ed in any order. Subclasses send what was added and see to the memory's outcome.
@@ -86,23 +86,6 @@ class Sender:
         self._failure: Exception | None = None
         self._place: Place | None = None  # once the ranks have met
         self._saved_as: Place | None = None  # in the state that was loaded
-
-    @property
-    def size(self) -> int:
-        """Number of ranks that are summed over."""
-        assert self._place is not None, "open() comes first"
-        return self._place[1]
-
-    @property
-    def rank(self) -> int:
-        """This rank's place among them."""
-        assert self._place is not None, "open() comes first"
-        return self._place[0]
-
-    @property
-    def covers_small(self) -> bool:
-        """Whether small tensors have to come here too."""
-        return self._memory.covers_small
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Compress ``tensor`` for the next exchange; a second one of that name replaces the first.
