@@ -42,7 +42,7 @@ class Job:
                 "ends its nodes, would be requeued for ever. Look at the log, then submit it again"
             )
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
-        ranks = subprocess.Popen(self._found())
+        ranks = subprocess.Popen(self._found(), close_fds=False)  # with pmi2, srun speaks to MPI through PMI_FD
         # Slurm signals every process of the job, but mpirun's ranks on other nodes get it through mpirun only.
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda *_: ranks.send_signal(signal.SIGUSR2))
@@ -96,6 +96,9 @@ def fail(message: str) -> NoReturn:
 
 
 def _state(job_id: str) -> str:
-    shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)
+    try:
+        shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "unknown (there is no scontrol here; if this is a container, it needs one)"
     found = re.search(r"JobState=(\w+)", shown.stdout)
     return found[1] if found else f"unknown ({shown.stderr.strip()})"

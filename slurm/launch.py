@@ -6,12 +6,13 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import job as job_module
 import submitit
 from job import Job
-from profiles import Profile, ProfileError
+from profiles import Profile
 
 HERE = Path(__file__).resolve().parent
 RANK = HERE / "rank.py"
@@ -74,6 +75,9 @@ def slurm_executor(profile: Profile, folder: Path, name: str, *, parallel: int =
     """
     # A container around the script leaves the launcher outside, with the Python that submits.
     python = profile.python if profile.python and not profile.container else sys.executable
+    gpus: int | str = profile.gpus_per_node
+    if profile.gpu_type is not None:
+        gpus = f"{profile.gpu_type}:{gpus}"
     executor = _Executor(folder, max_num_timeout=profile.max_requeues, python=shlex.quote(python))
     parameters = {
         "job_name": name,
@@ -83,14 +87,14 @@ def slurm_executor(profile: Profile, folder: Path, name: str, *, parallel: int =
         "nodes": profile.nodes,
         "ntasks_per_node": profile.tasks_per_node,
         "cpus_per_task": profile.cpus_per_task,
-        "gpus_per_node": profile.gpus_per_node or None,
+        "gpus_per_node": gpus or None,
         "signal_delay_s": profile.signal_seconds,
         "setup": _setup(profile),
         "teardown": TEARDOWN.splitlines(),
         "srun_args": _srun_arguments(profile),
         "use_srun": profile.launcher == "srun",
         "array_parallelism": parallel,
-        "additional_parameters": {"requeue": True, **_mpirun_signal(profile), **profile.sbatch},
+        "additional_parameters": {"requeue": True, **_mpirun_signal(profile), **_sbatch(profile)},
     }
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
@@ -123,13 +127,13 @@ def _srun_arguments(profile: Profile) -> list[str]:
     if profile.cpu_bind is not None:
         arguments.append(f"--cpu-bind={profile.cpu_bind}")
     if profile.gpu_binding == "task":
-        if profile.tasks_per_node != profile.gpus_per_node:
-            raise ProfileError(
-                f"gpu_binding=task needs as many ranks as GPUs on each node, not {profile.tasks_per_node} and "
-                f"{profile.gpus_per_node}"
-            )
         arguments.append("--gpus-per-task=1")
     return [*arguments, *profile.srun]
+
+
+def _sbatch(profile: Profile) -> dict[str, Any]:
+    """A switch that a profile sets and the command line takes back is false, which sbatch does not know."""
+    return {name: value for name, value in profile.sbatch.items() if value is not False and value is not None}
 
 
 def _mpirun_signal(profile: Profile) -> dict[str, str]:

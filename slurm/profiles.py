@@ -32,6 +32,7 @@ class Profile:
     account: str | None = None
     nodes: int = 1
     gpus_per_node: int = 0
+    gpu_type: str | None = None  # where a partition has several
     ranks_per_node: int | None = None  # None: one for each GPU, or one
     cpus_per_task: int | None = None
     time: str = "1:00:00"  # minutes, h:mm:ss or d-hh:mm:ss
@@ -79,10 +80,21 @@ class Profile:
                 raise ProfileError(f"{name} must be 1 or more, got {value}")
         if 60 * self.minutes <= self.signal_seconds:
             raise ProfileError(f"signal_seconds={self.signal_seconds} must be less than time={self.time}")
+        if self.gpu_type is not None and not self.gpus_per_node:
+            raise ProfileError(f"gpu_type={self.gpu_type} needs gpus_per_node")
+        if self.gpu_binding == "task" and self.launcher == "mpirun":
+            raise ProfileError("gpu_binding=task is srun's, and launcher=mpirun: leave it out, or use srun")
+        if self.gpu_binding == "task" and self.tasks_per_node != self.gpus_per_node:
+            raise ProfileError(
+                f"gpu_binding=task needs as many ranks as GPUs on each node, not {self.tasks_per_node} and "
+                f"{self.gpus_per_node}"
+            )
         own = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "partition", "account"}
         for name in self.sbatch:
             if name.replace("_", "-") in own:
                 raise ProfileError(f"sbatch: {name} has a setting of its own, outside of sbatch")
+            if name in ("output", "error", "array"):
+                raise ProfileError(f"sbatch: {name} cannot be set, since logs are found and sweeps are made with it")
 
 
 def load(name: str) -> dict[str, Any]:
@@ -123,7 +135,9 @@ def merge(*sources: tuple[str, Mapping[str, Any]]) -> Profile:
     for source, settings in sources:
         for name, value in settings.items():
             if name not in known:
-                raise ProfileError(f"{source}: unknown setting {name!r}{did_you_mean(name, known)}")
+                raise ProfileError(
+                    f"{source}: unknown setting {name!r}{did_you_mean(str(name).replace('-', '_'), known)}"
+                )
             if isinstance(value, list):
                 value = tuple(value)
             if isinstance(value, dict):
@@ -135,9 +149,9 @@ def merge(*sources: tuple[str, Mapping[str, Any]]) -> Profile:
         raise ProfileError(f"{' + '.join(source for source, _ in sources)}: {error}") from None
 
 
-def did_you_mean(name: object, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
     """The nearest known name, to end an error with."""
-    near = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f": did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 

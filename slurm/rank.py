@@ -62,9 +62,10 @@ def check_size(ranks: int) -> None:
     print(
         f"error: MPI sees {size} rank(s), the job has {ranks}.\n"
         + (
-            "Each task is a world of its own: srun and this MPI do not speak the same language. `srun --mpi=list` "
-            "shows what srun can;\nset it with --mpi (Open MPI: pmix; MPICH, Intel MPI: pmi2), or let the MPI start "
-            "its own ranks with --launcher mpirun."
+            f"Each task is a world of its own: what starts it and this MPI ({library()}) do not speak the same "
+            "language.\nUnder srun: `srun --mpi=list` shows what there is; set it with --mpi (Open MPI: pmix; MPICH, "
+            "Intel MPI: pmi2), or let the MPI start its own ranks with --launcher mpirun.\nUnder mpirun: it belongs "
+            "to another MPI than Python's mpi4py; load the modules with which you have installed."
             if size == 1
             else "Is there another mpirun or srun in the script or in the profile's setup?"
         ),
@@ -76,21 +77,27 @@ def check_size(ranks: int) -> None:
 def report() -> None:
     """Print what the job runs on, once."""
     world = MPI.COMM_WORLD
-    hosts = world.gather((MPI.Get_processor_name(), gpus()))
+    hosts = world.gather((MPI.Get_processor_name(), gpus(), len(os.sched_getaffinity(0))))
     if hosts is None:
         return
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     print(f"Job {os.environ.get('SLURM_JOB_ID', '(no Slurm)')}, {world.Get_size()} ranks, restarted {restarts} times")
-    for host in dict(hosts):
-        ranks = [str(rank) for rank, (name, _) in enumerate(hosts) if name == host]
-        print(f"  {host}: ranks {', '.join(ranks)}; {dict(hosts)[host]}")
-    print(f"  MPI: {MPI.Get_library_version().splitlines()[0].strip(chr(0))}")
+    for host, found in {name: found for name, found, _ in hosts}.items():
+        ranks = [str(rank) for rank, (name, _, _) in enumerate(hosts) if name == host]
+        cores = sorted({cores for name, _, cores in hosts if name == host})
+        print(f"  {host}: ranks {', '.join(ranks)}; cores for each: {' to '.join(map(str, cores))}; {found}")
+    print(f"  MPI: {library()}")
     versions = ", ".join(f"{name} {version(name)}" for name in ("horovod", "torch", "mpi4py", "submitit"))
     print(f"  Python {platform.python_version()}, {versions}")
     for name, value in sorted(os.environ.items()):
         if name.startswith(SHOWN):
             print(f"  {name}={value}")
     sys.stdout.flush()
+
+
+def library() -> str:
+    """Name and version of the MPI."""
+    return MPI.Get_library_version().splitlines()[0].partition(",")[0].strip("\0")
 
 
 def gpus() -> str:

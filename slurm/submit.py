@@ -23,6 +23,7 @@ import argparse
 import dataclasses
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from submitit.core.utils import FailedJobError
 
 COMMANDS = ("submit", "sweep", "status", "logs", "cancel", "collect")
+SETTINGS = {setting.name for setting in dataclasses.fields(Profile)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or (given[0] not in COMMANDS and given[0] not in ("-h", "--help")):
         given.insert(0, "submit")
     own, script = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
-    args = make_parser().parse_args(own)
+    args, unknown = make_parser().parse_known_args(own)
     try:
+        if unknown:
+            refuse(unknown[0], args)
         return globals()[f"do_{args.command}"](args, script)
     except (ProfileError, jobs.SlurmError) as error:
         fail(str(error))
@@ -66,14 +70,14 @@ def do_submit(args: argparse.Namespace, script: list[str]) -> int:
     check_script(script)
     name = args.name or Path(script[0]).stem
     if args.cluster == "debug":
-        return run_here(args.folder, script)
+        return run_here(args, script)
     if args.cluster == "local":
-        return run_locally(profile, args.folder, script)
+        return run_locally(profile, args, script)
     executor = slurm_executor(profile, args.folder, name)
     job = make_job(profile, script)
     if args.dry_run:
         print(executor.sbatch_file())
-        print("# which starts\n# " + " ".join(job.command))
+        print("# which starts\n# " + shlex.join(job.command))
         return 0
     submitted = executor.submit(job)
     print(f"Submitted job {submitted.job_id} ({name}, {profile.nodes} nodes, {profile.ranks} ranks).")
@@ -94,7 +98,7 @@ def do_sweep(args: argparse.Namespace, script: list[str]) -> int:
     if args.dry_run:
         print(executor.sbatch_file())
         for command in commands:
-            print("# " + " ".join(command))
+            print("# " + shlex.join(command))
         return 0
     for directory in directories:
         directory.mkdir(parents=True, exist_ok=True)
@@ -165,9 +169,13 @@ def follow(job: str, folder: Path) -> int:
     return 1
 
 
-def run_locally(profile: Profile, folder: Path, script: list[str]) -> int:
+def run_locally(profile: Profile, args: argparse.Namespace, script: list[str]) -> int:
     """All ranks on this machine, by mpirun, until they end; Ctrl-C ends them."""
-    submitted = local_executor(profile, folder).submit(make_job(profile, script, local=True))
+    folder, job = args.folder / "local", make_job(profile, script, local=True)  # their numbers are no job's of Slurm
+    if args.dry_run:
+        print(shlex.join(job.command))
+        return 0
+    submitted = local_executor(profile, folder).submit(job)
 
     def ended() -> str | None:
         return "over" if submitted.done() else None
@@ -180,15 +188,18 @@ def run_locally(profile: Profile, folder: Path, script: list[str]) -> int:
     return 1 if submitted.exception() else 0
 
 
-def run_here(folder: Path, script: list[str]) -> int:
+def run_here(args: argparse.Namespace, script: list[str]) -> int:
     """One rank, in this process."""
+    if args.dry_run:
+        print(shlex.join([sys.executable, *script]))
+        return 0
 
     def in_process() -> None:
         sys.argv = script
         sys.path[0] = str(Path(script[0]).resolve().parent)
         runpy.run_path(script[0], run_name="__main__")
 
-    submitit.DebugExecutor(folder).submit(in_process).result()
+    submitit.DebugExecutor(args.folder / "local").submit(in_process).result()
     return 0
 
 
@@ -202,10 +213,25 @@ def profile_of(args: argparse.Namespace) -> Profile:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ProfileError(f"--set needs NAME=VALUE, got {setting!r}")
-        line[name.replace("-", "_")] = yaml.safe_load(value) if value else None
-    names = {setting.name for setting in dataclasses.fields(Profile)}
-    line |= {name: value for name, value in vars(args).items() if name in names and value is not None}
+        try:
+            line[name.replace("-", "_")] = yaml.safe_load(value) if value else None
+        except yaml.YAMLError as error:
+            raise ProfileError(f"--set {setting} is not YAML: {error}") from None
+    line |= {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
     return profiles.merge(*sources, ("command line", line))
+
+
+def refuse(argument: str, args: argparse.Namespace) -> NoReturn:
+    """What no command knows, with what was meant."""
+    name = argument.partition("=")[0].lstrip("-").replace("-", "_")
+    if argument.endswith(".py"):
+        raise ProfileError(f"-- is missing before {argument}")
+    if not argument.startswith("-"):
+        raise ProfileError(f"unknown command {argument!r}{profiles.did_you_mean(argument, [*COMMANDS])}")
+    if "profile" in args and name in SETTINGS:
+        raise ProfileError(f"{argument} has no option of its own: --set {name}=VALUE")
+    known = [f"--{option.replace('_', '-')}" for option in vars(args) if option != "command"]
+    raise ProfileError(f"unknown option {argument}{profiles.did_you_mean(argument, known)}")
 
 
 def check_script(script: list[str]) -> None:

@@ -127,7 +127,7 @@ def table(results: Sequence[Result]) -> Table:
     """One line for each point, seeds together."""
     groups = over_seeds(results)
     names = list(dict.fromkeys(name for settings, _ in groups for name in settings))
-    rendered = Table(*(Column(name, overflow="fold") for name in names), title="Finished runs")
+    rendered = Table(*(Column(name, overflow="fold") for name in names), title="Finished runs", pad_edge=False)
     for column in ("seeds", "accuracy", "MB sent\nper rank"):
         rendered.add_column(column, justify="right", no_wrap=True)
     for settings, group in groups:

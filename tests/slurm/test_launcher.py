@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,10 @@ class TestProfiles:
             ({"modules": "gcc"}, "modules must be a list of texts"),
             ({"time": "2"}, "signal_seconds=120 must be less than time=2"),
             ({"sbatch": {"ntasks_per_node": 3}}, "ntasks_per_node has a setting of its own"),
+            ({"sbatch": {"output": "x"}}, "sbatch: output cannot be set"),
+            ({"gpu_type": "a100"}, "gpu_type=a100 needs gpus_per_node"),
+            ({"gpu_binding": "task", "gpus_per_node": 4, "launcher": "mpirun"}, "gpu_binding=task is srun's"),
+            ({"gpu_binding": "task", "gpus_per_node": 4, "ranks_per_node": 2}, "as many ranks as GPUs on each node"),
         ],
     )
     def test_bad_settings(self, settings: dict[str, Any], expected: str) -> None:
@@ -101,8 +106,31 @@ class TestSbatchFile:
         text = slurm_executor(Profile(gpus_per_node=4, gpu_binding="task"), Path("/shared"), "x").sbatch_file()
         assert "#SBATCH --gpus-per-node=4" in text
         assert "--gpus-per-task=1" in text
-        with pytest.raises(ProfileError, match="as many ranks as GPUs"):
-            slurm_executor(Profile(gpus_per_node=4, ranks_per_node=2, gpu_binding="task"), Path("/shared"), "x")
+
+    def test_gpus_of_a_type(self) -> None:
+        text = slurm_executor(Profile(gpus_per_node=4, gpu_type="a100"), Path("/shared"), "x").sbatch_file()
+        assert "#SBATCH --gpus-per-node=a100:4\n" in text
+        assert "#SBATCH --ntasks-per-node=4\n" in text
+
+    def test_switches_can_be_taken_back(self) -> None:
+        profile = merge(
+            ("file", {"sbatch": {"exclusive": True, "mem": 0, "qos": "a"}}),
+            ("command line", {"sbatch": {"exclusive": False, "qos": None}}),
+        )
+        text = slurm_executor(profile, Path("/shared"), "x").sbatch_file()
+        assert "#SBATCH --mem=0\n" in text
+        assert "exclusive" not in text
+        assert "qos" not in text
+
+    def test_the_ranks_keep_what_srun_hands_to_its_task(self) -> None:
+        """With --mpi=pmi2 that is an open file, through which MPI_Init speaks to Slurm."""
+        reader, writer = os.pipe()
+        rank = f"import os; os.write({writer}, b'init')"
+        task = f"import job, sys; job.Job((sys.executable, '-c', {rank!r}), 0)()"
+        subprocess.run([sys.executable, "-c", task], cwd=ROOT / "slurm", pass_fds=[writer], check=True)
+        os.close(writer)
+        assert os.read(reader, 10) == b"init"
+        os.close(reader)
 
 
 class TestCommandLine:
@@ -115,6 +143,17 @@ class TestCommandLine:
         assert "#SBATCH --partition=gpu" in ended.stdout
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("cluster", ["local", "debug"])
+    def test_dry_run_here_runs_nothing(self, tmp_path: Path, cluster: str) -> None:
+        script = tmp_path / "never.py"
+        script.write_text("raise SystemExit('it ran')\n")
+        options = ["--cluster", cluster, "--ranks-per-node", "3", "--folder", str(tmp_path / "logs")]
+        ended = submit(*options, "--dry-run", "--", str(script), "a b")
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.endswith(f"{script} 'a b'\n")
+        assert ("--mpirun 3" in ended.stdout) == (cluster == "local")
+        assert not (tmp_path / "logs").exists()
+
     @pytest.mark.parametrize(
         ("arguments", "expected"),
         [
@@ -124,6 +163,11 @@ class TestCommandLine:
                 "command line: unknown setting 'mdules': did you mean",
             ),
             (["--set", "modules", "--", SCRIPT], "--set needs NAME=VALUE"),
+            (["--set", "modules=[a", "--", SCRIPT], "--set modules=[a is not YAML"),
+            (["--gpu-pernode", "8", "--", SCRIPT], "unknown option --gpu-pernode: did you mean '--gpus-per-node'?"),
+            (["--modules=gcc", "--", SCRIPT], "--modules=gcc has no option of its own: --set modules=VALUE"),
+            (["stauts"], "unknown command 'stauts': did you mean 'status'?"),
+            (["--nodes", "2", SCRIPT], f"-- is missing before {SCRIPT}"),
             (["--nodes", "2"], "nothing to run"),
             (["--", "no/such/script.py"], "no/such/script.py is no Python program"),
             (["collect", "no/such/sweep"], "there is no sweep in no/such/sweep"),
@@ -159,6 +203,7 @@ class TestCommandLine:
         ended = submit(*options, "--", str(script))
         assert ended.returncode == 0, ended.stderr
         assert {"rank 0 of 2", "rank 1 of 2"} <= {*ended.stdout.splitlines()}
+        assert re.search(r"^  \S+: ranks 0, 1; cores for each: \d+; ", ended.stdout, re.MULTILINE)
         ended = submit(*options, "--", str(script), "fail")
         assert ended.returncode == 1
         assert "ValueError: as told" in ended.stderr
