@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -59,9 +60,12 @@ class _Executor(submitit.SlurmExecutor):
         """A dry run needs no Slurm; where it is missing, sbatch says so."""
         return 2
 
-    def sbatch_file(self) -> str:
-        """As :meth:`submit` hands it to sbatch."""
-        return self._make_submission_file_text(self._submitit_command_str, "")
+    def sbatch_file(self, jobs: int = 1) -> str:
+        """As :meth:`submit` hands it to sbatch, or ``submit_array`` for several jobs."""
+        executor = copy.copy(self)
+        if jobs > 1:
+            executor.parameters = {**self.parameters, "map_count": jobs}
+        return executor._make_submission_file_text(self._submitit_command_str, "")
 
 
 def slurm_executor(profile: Profile, folder: Path, name: str, *, parallel: int = 256) -> _Executor:

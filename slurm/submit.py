@@ -89,14 +89,12 @@ def do_sweep(args: argparse.Namespace, script: list[str]) -> int:
     """Submit a grid as a job array."""
     profile = profile_of(args)
     check_script(script)
-    if profile.python and not profile.container:
-        raise ProfileError("submitit starts job arrays with the Python that submits: leave python out for a sweep")
     points = sweep.read_grid(args.grid)
     directories = [(args.output / sweep.directory_name(point)).absolute() for point in points]
     commands = [sweep.arguments(script, p, d) for p, d in zip(points, directories, strict=True)]
     executor = slurm_executor(profile, args.folder, args.name or args.output.name, parallel=args.parallel)
     if args.dry_run:
-        print(executor.sbatch_file())
+        print(executor.sbatch_file(len(commands)))
         for command in commands:
             print("# " + shlex.join(command))
         return 0

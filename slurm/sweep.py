@@ -127,7 +127,7 @@ def table(results: Sequence[Result]) -> Table:
     """One line for each point, seeds together."""
     groups = over_seeds(results)
     names = list(dict.fromkeys(name for settings, _ in groups for name in settings))
-    rendered = Table(*(Column(name, overflow="fold") for name in names), title="Finished runs", pad_edge=False)
+    rendered = Table(*(Column(name, overflow="fold") for name in names), title="Finished runs", show_edge=False)
     for column in ("seeds", "accuracy", "MB sent\nper rank"):
         rendered.add_column(column, justify="right", no_wrap=True)
     for settings, group in groups:
@@ -150,7 +150,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
         figure, axes = plt.subplots(figsize=(6.5, 4), layout="constrained")
         for number, (settings, group) in enumerate(over_seeds(results)):
             accuracy, megabytes = _statistics(group)
-            label = ", ".join(f"{name} {value}" for name, value in settings.items())
+            label = ", ".join(f"{name} {value}" for name, value in settings.items()) or "all"
             marker = "osD^vP"[number // 10 % 6]
             axes.errorbar(megabytes[0], 100 * accuracy[0], 100 * accuracy[1], fmt=marker, capsize=3, label=label)
         if all(result.megabytes_sent > 0 for result in results):

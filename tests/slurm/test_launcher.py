@@ -20,9 +20,11 @@ GOLDEN = Path(__file__).parent / "golden"
 SCRIPT = "examples/quickstart.py"
 
 
-def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "slurm/submit.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
 
 
 class TestProfiles:
@@ -142,6 +144,26 @@ class TestCommandLine:
         assert "#SBATCH --nodes=2" in ended.stdout
         assert "#SBATCH --partition=gpu" in ended.stdout
         assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("command", ["submit", "sweep"])
+    def test_dry_run_prints_what_is_submitted(self, tmp_path: Path, command: str) -> None:
+        """An sbatch that takes any file shows which it was given; ``python`` is not the one that submits."""
+        for program in ("sbatch", "srun"):
+            (tmp_path / program).write_text("#!/bin/sh\necho Submitted batch job 42\n")
+            (tmp_path / program).chmod(0o755)
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        (tmp_path / "grid.yaml").write_text("{seed: [0, 1, 2]}")
+        options = [command, "--profile=gpu", "--set=python=/else/where/python", f"--folder={tmp_path / 'logs'}"]
+        if command == "sweep":
+            options += [str(tmp_path / "grid.yaml"), f"--output={tmp_path / 'runs'}", "--parallel=2", "--name=quick"]
+        shown = submit(*options, "--dry-run", "--", SCRIPT, PATH=path)
+        assert shown.returncode == 0, shown.stderr
+        ended = submit(*options, "--", SCRIPT, PATH=path)
+        assert ended.returncode == 0, ended.stderr
+        (file,) = (tmp_path / "logs").glob("*submission.sh")
+        assert shown.stdout.startswith(file.read_text())
+        assert " /else/where/python -u -m submitit.core._submit " in file.read_text()
+        assert ("#SBATCH --array=0-2%2" in file.read_text()) == (command == "sweep")
 
     @pytest.mark.parametrize("cluster", ["local", "debug"])
     def test_dry_run_here_runs_nothing(self, tmp_path: Path, cluster: str) -> None:
