@@ -17,7 +17,8 @@ def exchange(memories: list[Memory], operator: Operator, xs: list[Tensor], name:
     """One exchange between ranks, each with its memory; what each one's optimizer gets: the sum over ranks."""
     messages = [operator.encode(m.compensate(name, x.clone())) for m, x in zip(memories, xs, strict=True)]
     for memory, message in zip(memories, messages, strict=True):
-        memory.commit(name, message)
+        memory.update(name, message)
+        memory.commit(name)
     total = sum((message.decode() for message in messages), torch.zeros_like(xs[0]))
     return [m.receive(name, total.clone(), len(xs), torch.Generator) for m in memories]
 
@@ -32,7 +33,8 @@ def test_what_was_put_in_is_what_was_sent_and_what_is_left() -> None:
         compensated = memory.compensate("w", x.clone())
         message = operator.encode(compensated)
         message.add_to(sent)
-        memory.commit("w", message)
+        memory.update("w", message)
+        memory.commit("w")
         put_in += x
         assert torch.equal(put_in, sent + memory.state_dict()["w"])
 
@@ -45,7 +47,8 @@ def test_error_feedback_by_hand() -> None:
         compensated = memory.compensate("w", torch.tensor(x))
         message = operator.encode(compensated)
         assert message.decode().tolist() == sent
-        memory.commit("w", message)
+        memory.update("w", message)
+        memory.commit("w")
         assert memory.state_dict()["w"].tolist() == left
 
 
@@ -56,7 +59,8 @@ def test_decay_by_hand() -> None:
         compensated = memory.compensate("w", torch.tensor(x, dtype=torch.float32))
         message = operator.encode(compensated)
         assert message.decode().tolist() == sent
-        memory.commit("w", message)
+        memory.update("w", message)
+        memory.commit("w")
         assert memory.state_dict()["w"].tolist() == left
     for decay in (0.0, 1.5):
         with pytest.raises(ValueError, match="decay"):
@@ -67,7 +71,8 @@ def test_parameters_do_not_mix() -> None:
     memory, operator = Residual(), TopK(k=1)
     for name, x in (("a", [1.0, 2.0]), ("b", [4.0, 3.0])):
         compensated = memory.compensate(name, torch.tensor(x))
-        memory.commit(name, operator.encode(compensated))
+        memory.update(name, operator.encode(compensated))
+        memory.commit(name)
     assert {n: m.tolist() for n, m in memory.state_dict().items()} == {"a": [1.0, 0.0], "b": [0.0, 3.0]}
 
 
@@ -82,7 +87,8 @@ def test_loading_copies() -> None:
 def test_no_memory_forgets_and_refuses_to_lose_one() -> None:
     memory, operator = NoMemory(), TopK(k=1)
     compensated = memory.compensate("w", torch.tensor([3.0, 2.0]))
-    memory.commit("w", operator.encode(compensated))
+    memory.update("w", operator.encode(compensated))
+    memory.commit("w")
     assert memory.compensate("w", torch.tensor([1.0, 1.0])).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="residual"):
         memory.load_state_dict({"w": torch.ones(2)})

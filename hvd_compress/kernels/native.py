@@ -54,11 +54,6 @@ def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
-def swap_add(memory: Tensor, gradient: Tensor, decay: float) -> None:
-    """:func:`.vectors.swap_add`."""
-    _native.swap_add(memory.numpy(), gradient.numpy(), decay, torch.get_num_threads())
-
-
 def is_finite(flat: Tensor) -> bool:
     """:func:`.vectors.is_finite`."""
     return _native.is_finite(flat.numpy(), torch.get_num_threads())

@@ -79,13 +79,16 @@ class DGC(Memory):
         self._pending[name] = velocity, accumulated
         return accumulated
 
-    def commit(self, name: str, sent: Sent) -> None:
+    def update(self, name: str, sent: Sent) -> None:
         """Take off what was sent, from v and from u."""
-        velocity, accumulated = self._pending.pop(name)
+        velocity, accumulated = self._pending[name]
         sent.add_to(accumulated, alpha=-1)
         if self._masking:
             sent.clear_in(velocity)
-        self._velocities[name], self._accumulated[name] = velocity, accumulated
+
+    def commit(self, name: str) -> None:
+        """See :meth:`Memory.commit`."""
+        self._velocities[name], self._accumulated[name] = self._pending.pop(name)
 
     def rollback(self, name: str) -> None:
         """See :meth:`Memory.rollback`."""

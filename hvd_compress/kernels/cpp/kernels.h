@@ -29,9 +29,6 @@ void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index
 
 // vectors.cpp
 template <class Float>
-void swap_add(Float* memory, Float* gradient, Index n, Float decay, int threads);
-
-template <class Float>
 bool is_finite(const Float* x, Index n, int threads);
 
 // flat[indices[i]] += alpha * values[i], in order. Throws std::out_of_range before anything is written.

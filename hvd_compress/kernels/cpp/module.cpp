@@ -50,18 +50,6 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
 }
 
 template <class Float>
-void swap_add_of(Array<Float>& memory, Array<Float>& gradient, Float decay, int threads) {
-    require_vector(memory, "memory");
-    require_vector(gradient, "gradient");
-    require(memory.size() == gradient.size(), "memory and gradient must be of one length");
-    Float *m = memory.mutable_data(), *g = gradient.mutable_data();
-    const Index n = memory.size();
-    require(m + n <= g || g + n <= m, "memory and gradient must not overlap");
-    py::gil_scoped_release released;
-    swap_add(m, g, n, decay, threads);
-}
-
-template <class Float>
 bool is_finite_of(const Array<Float>& flat, int threads) {
     const Float* x = flat.data();
     const Index n = flat.size();
@@ -203,8 +191,6 @@ py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
-    module.def("swap_add", &swap_add_of<Float>, "memory"_a.noconvert(), "gradient"_a.noconvert(), "decay"_a,
-               "threads"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
                "alpha"_a);
