@@ -206,27 +206,33 @@ class Sender(Member):
         is_small = len(flat) < self._dense_below
         if is_small and not self._memory.covers_small:
             return Pending(flat, Message.dense(flat.clone()), compressed=False, remembered=False)
-        compensated = self._memory.compensate(name, flat)
+        x, other = self._memory.compensate(name, flat)
         try:
-            message = self._encode(name, compensated, is_small)
+            message = self._encode(name, x, other, is_small)
             self._memory.update(name, message)
             return Pending(flat, message, not is_small, remembered=True)
         except Exception:
             self._memory.rollback(name)
             raise
 
-    def _encode(self, name: str, compensated: Tensor, is_small: bool) -> Message:
+    def _encode(self, name: str, x: Tensor, other: Tensor | None, is_small: bool) -> Message:
+        """The message of x + other, which x becomes."""
+        if other is not None and (is_small or self._schedule.needs_energy):
+            x, other = x.add_(other), None
         if is_small:
-            return Message.dense(compensated.clone())
+            return Message.dense(x.clone())
         if self._schedule.needs_energy:
-            self._energies[name] = compensated.square().sum()
+            self._energies[name] = x.square().sum()
         operator = self._schedule.operator(name)
         generator = None
         if operator.draws:
-            generator = self._generator(name, ALIKE if operator.shared_draws else self.rank, compensated.device)
-        message = operator.encode(compensated, generator=generator)
-        if message.numel != len(compensated):
-            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(compensated)}")
+            generator = self._generator(name, ALIKE if operator.shared_draws else self.rank, x.device)
+        if other is None:
+            message = operator.encode(x, generator=generator)
+        else:
+            message = operator.add_encode(x, other, generator=generator)
+        if message.numel != len(x):
+            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(x)}")
         return message
 
     def _commit(self, pending: Mapping[str, Pending]) -> dict[str, Tensor]:

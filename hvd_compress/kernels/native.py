@@ -54,6 +54,12 @@ def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
+def add_top_k(flat: Tensor, other: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same of ``flat.add_(other)``."""
+    indices, values = _native.add_top_k(flat.numpy(), other.numpy(), k, torch.get_num_threads(), _UNIT)
+    return torch.from_numpy(indices), torch.from_numpy(values)
+
+
 def is_finite(flat: Tensor) -> bool:
     """:func:`.vectors.is_finite`."""
     return _native.is_finite(flat.numpy(), torch.get_num_threads())

@@ -56,8 +56,10 @@ class Memory(ABC):
         return (MASS,)
 
     @abstractmethod
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """What is to be compressed in place of ``tensor``: a flat tensor which only this memory changes.
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is to be compressed in place of ``tensor``: the sum of two, or the first alone.
+
+        Whoever compresses adds the second to the first, in place. After that only this memory changes it.
 
         Args:
             name: the parameter's.
@@ -67,7 +69,7 @@ class Memory(ABC):
 
     @abstractmethod
     def update(self, name: str, sent: Sent) -> None:
-        """``sent`` is the compressed form of what :meth:`compensate` returned last; the outcome is still open."""
+        """``sent`` is the compressed form of the sum that :meth:`compensate` has asked for; the outcome is open."""
 
     @abstractmethod
     def commit(self, name: str) -> Tensor | None:

@@ -64,7 +64,7 @@ class DGC(Memory):
         """u and v."""
         return (MASS, MASS)
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v, with this step's velocity."""
         x = tensor if self._clip is None else tensor * _shrink(tensor, self._clip)
         velocity = self._velocities[name].to(x.device) if name in self._velocities else torch.zeros_like(x)
@@ -77,7 +77,7 @@ class DGC(Memory):
         if name in self._accumulated:
             accumulated += self._accumulated[name].to(x.device)
         self._pending[name] = velocity, accumulated
-        return accumulated
+        return accumulated, None
 
     def update(self, name: str, sent: Sent) -> None:
         """Take off what was sent, from v and from u."""

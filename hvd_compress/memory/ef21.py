@@ -50,14 +50,14 @@ class EF21(Memory):
         """g, G, and v if there is momentum."""
         return (ESTIMATE, TOTAL, ESTIMATE) if self._momentum else (ESTIMATE, TOTAL)
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v − g."""
         mean = self._means.get(name)
         if self._momentum and mean is not None:
             tensor = torch.lerp(tensor, mean.to(tensor.device), self._momentum)
         self._pending[name] = tensor
         own = self._own.get(name)
-        return tensor.clone() if own is None else tensor - own.to(tensor.device)
+        return tensor.clone() if own is None else tensor - own.to(tensor.device), None
 
     def update(self, name: str, sent: Sent) -> None:
         """See :meth:`Memory.update`."""

@@ -39,15 +39,13 @@ class Residual(Memory):
     def __repr__(self) -> str:
         return f"Residual(decay={self._decay})"
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """decay · m + x, in place of x. A parameter's first m is 0."""
         before = self._residuals.get(name)
         if before is not None:
             before = before.to(tensor.device)
-            # torch.add(…, alpha=decay) rounds once or twice, as the processor has it.
-            tensor.add_(before if self._decay == 1 else before * self._decay)
         self._residuals[name], self._before[name] = tensor, before
-        return tensor
+        return tensor, before if before is None or self._decay == 1 else before * self._decay
 
     def update(self, name: str, sent: Sent) -> None:
         """m ← p − C(p), in place of p, which is likely to be in the cache still."""
@@ -93,9 +91,9 @@ class Residual(Memory):
 class NoMemory(Memory):
     """What was not sent is forgotten."""
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tensor itself."""
-        return tensor
+        return tensor, None
 
     def update(self, name: str, sent: Sent) -> None:
         """Nothing to remember."""
