@@ -43,7 +43,7 @@ class Residual(Memory):
         """decay · m + x, in place of x. A parameter's first m is 0."""
         before = self._residuals.get(name)
         if before is not None:
-            before = before.to(tensor.device)
+            before = before.to(tensor)
         self._residuals[name], self._before[name] = tensor, before
         return tensor, before if before is None or self._decay == 1 else before * self._decay
 
