@@ -253,7 +253,7 @@ class HierarchicalReducer(Member):
                 flat = on_host[p.name][p.start : p.stop]
                 if workers != self.size:
                     flat.mul_(weight)
-                self._inner.add(p.name, flat.to(pending[p.name].device))
+                self._inner.add(p.name, flat.to(pending[p.name].device, copy=True))
         try:
             reduced = self._inner.reduce(
                 step, divisor=divisor * workers / self.size, overflow_elsewhere=overflow_elsewhere
@@ -263,9 +263,7 @@ class HierarchicalReducer(Member):
                 self._tell(error)
             raise
         for p in pieces:
-            total, flat = reduced.sums[p.name], on_host[p.name][p.start : p.stop]
-            if total.data_ptr() != flat.data_ptr():
-                flat.copy_(total)
+            on_host[p.name][p.start : p.stop].copy_(reduced.sums[p.name])
         return reduced.overflow
 
     def _vectors(self, tensors: Mapping[str, Tensor]) -> list[list[list[np.ndarray]]]:

@@ -184,13 +184,10 @@ class Reducer(Sender):
             raise
         # In rank order, as the sums: all ranks must come to the same conclusion.
         self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
-        if overflow:
-            self._rollback(pending)
-        else:
-            self._commit(pending)
+        free = self._rollback(pending) if overflow else self._commit(pending)
         sums = {}
         for name, p in pending.items():
-            sums[name] = self._sum(name, gathered[name], p.flat, divisor, p.remembered and not overflow)
+            sums[name] = self._sum(name, gathered[name], free[name], divisor, p.remembered and not overflow)
         return Reduced(sums, overflow)
 
     def _sum(self, name: str, messages: list[Message], flat: Tensor, divisor: float, is_received: bool) -> Tensor:

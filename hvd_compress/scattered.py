@@ -134,13 +134,11 @@ class ScatteredReducer(Sender):
             self._ledger.shared.mpi += self._exchange.sent - sent_before
         self._round += 1
         self._schedule.advance(sum(p.energy for p in packets) / len(packets), kept)
-        if overflow:
-            self._rollback(pending)
-        else:
-            self._commit(pending)
+        sums = self._rollback(pending) if overflow else self._commit(pending)
+        if not overflow:
             for piece, rest in rests:
                 self._memory.take_back(piece.name, piece.start, rest)
-        sums = _assemble(pending, regions, results)
+        _assemble(sums, regions, results)
         for name, p in pending.items():
             if p.remembered and not overflow:
                 sums[name] = self._receive(name, sums[name])
@@ -354,17 +352,14 @@ def _sum(messages: Sequence[Message], total: Tensor) -> Tensor:
     return total
 
 
-def _assemble(
-    pending: Mapping[str, Pending], regions: list[list[Piece]], results: list[list[Message]]
-) -> dict[str, Tensor]:
-    """The owners' parts put together, in the storage of what was added."""
-    for p in pending.values():
-        p.flat.zero_()
+def _assemble(sums: Mapping[str, Tensor], regions: list[list[Piece]], results: list[list[Message]]) -> None:
+    """Put the owners' parts together in ``sums``."""
+    for total in sums.values():
+        total.zero_()
     for pieces, messages in zip(regions, results, strict=True):
         for piece, message in zip(pieces, messages, strict=True):
-            flat = pending[piece.name].flat[piece.start : piece.stop]
+            flat = sums[piece.name][piece.start : piece.stop]
             message.to(flat.device).add_to(flat)
-    return {name: p.flat for name, p in pending.items()}
 
 
 def _text(failure: Exception) -> str:

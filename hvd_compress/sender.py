@@ -34,7 +34,7 @@ Overflow = list[tuple[int, str]]  # rank and name of what holds inf or NaN
 class Pending:
     """A tensor on its way."""
 
-    flat: Tensor  # its elements, whose storage the sum will take
+    flat: Tensor  # its elements, whose storage the memory may take
     message: Message
     compressed: bool  # else it is sent whole
     remembered: bool  # whether the memory waits for the outcome
@@ -90,7 +90,8 @@ class Sender(Member):
     def add(self, name: str, tensor: Tensor) -> None:
         """Compress ``tensor`` for the next exchange; a second one of that name replaces the first.
 
-        The tensor is given up: what it holds is not defined from now on, and its storage may be that of a result.
+        The tensor is given up: what it holds is not defined from now on, and its storage may become that of a memory
+        or of a result.
         """
         try:
             with self._ledger.timed("compress"):
@@ -200,39 +201,54 @@ class Sender(Member):
 
     def _compress(self, name: str, tensor: Tensor) -> Pending:
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+        if flat.untyped_storage().nbytes() != flat.nbytes:  # who owns the rest may write to all of it
+            flat = flat.clone()
         is_small = len(flat) < self._dense_below
         if is_small and not self._memory.covers_small:
             return Pending(flat, Message.dense(flat.clone()), compressed=False, remembered=False)
-        compensated = self._memory.compensate(name, flat)
+        x, other = self._memory.compensate(name, flat)
         try:
-            return Pending(flat, self._encode(name, compensated, is_small), not is_small, remembered=True)
+            message = self._encode(name, x, other, is_small)
+            self._memory.update(name, message)
+            return Pending(flat, message, not is_small, remembered=True)
         except Exception:
             self._memory.rollback(name)
             raise
 
-    def _encode(self, name: str, compensated: Tensor, is_small: bool) -> Message:
+    def _encode(self, name: str, x: Tensor, other: Tensor | None, is_small: bool) -> Message:
+        """The message of x + other, which x becomes."""
+        if other is not None and (is_small or self._schedule.needs_energy):
+            x, other = x.add_(other), None
         if is_small:
-            return Message.dense(compensated.clone())
+            return Message.dense(x.clone())
         if self._schedule.needs_energy:
-            self._energies[name] = compensated.square().sum()
+            self._energies[name] = x.square().sum()
         operator = self._schedule.operator(name)
         generator = None
         if operator.draws:
-            generator = self._generator(name, ALIKE if operator.shared_draws else self.rank, compensated.device)
-        message = operator.encode(compensated, generator=generator)
-        if message.numel != len(compensated):
-            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(compensated)}")
+            generator = self._generator(name, ALIKE if operator.shared_draws else self.rank, x.device)
+        if other is None:
+            message = operator.encode(x, generator=generator)
+        else:
+            message = operator.add_encode(x, other, generator=generator)
+        if message.numel != len(x):
+            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(x)}")
         return message
 
-    def _commit(self, pending: Mapping[str, Pending]) -> None:
+    def _commit(self, pending: Mapping[str, Pending]) -> dict[str, Tensor]:
+        """Returns vectors that are free for the sums."""
+        free = {}
         for name, p in pending.items():
-            if p.remembered:
-                self._memory.commit(name, p.message)
+            instead = self._memory.commit(name) if p.remembered else None
+            free[name] = p.flat if instead is None else instead
+        return free
 
-    def _rollback(self, pending: Mapping[str, Pending]) -> None:
+    def _rollback(self, pending: Mapping[str, Pending]) -> dict[str, Tensor]:
+        """Returns vectors that are free for the sums."""
         for name, p in pending.items():
             if p.remembered:
                 self._memory.rollback(name)
+        return {name: p.flat for name, p in pending.items()}
 
     def _generator(self, name: str, who: int, device: torch.device) -> torch.Generator:
         key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])

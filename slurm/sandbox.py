@@ -307,9 +307,9 @@ class Sandbox:
         # Nodes share /tmp here, ranks run as root, and share cores. mpirun would bind the ranks of each node to the
         # same few of them, where one that waits can starve one that another node's rank waits for.
         prolog = etc / "prolog.sh"
-        settings = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), 1)
-        settings |= dict.fromkeys(("PRTE_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM"), 1)
-        settings |= {"OMPI_MCA_mpi_yield_when_idle": 1, "PRTE_MCA_hwloc_default_binding_policy": "none"}
+        settings = dict.fromkeys(("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+        settings |= dict.fromkeys(("PRTE_ALLOW_RUN_AS_ROOT", "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM"), "1")
+        settings |= {"OMPI_MCA_mpi_yield_when_idle": "1", "PRTE_MCA_hwloc_default_binding_policy": "none"}
         exports = "".join(f"echo export {name}={value}\n" for name, value in settings.items())
         prolog.write_text(f"#!/bin/sh\necho export TMPDIR={home}/tmp/$SLURMD_NODENAME\n{exports}")
         prolog.chmod(0o755)

@@ -320,6 +320,34 @@ def test_gradients_that_are_not_contiguous(world: World) -> None:
     world.run(channels_last)
 
 
+def gradients_in_buffers_that_live_on(one_buffer: bool) -> None:
+    """Their owner writes to them after the step, which must not reach the memory."""
+    model = Vectors(SHAPES)
+    _, optimizer = wrap(model)
+    definition = ByDefinition(hvd.size(), k=5)
+    flat = torch.zeros(sum(math.prod(shape) for shape in SHAPES.values()))
+    for step in range(5):
+        if one_buffer:
+            parts = flat.zero_().split([math.prod(shape) for shape in SHAPES.values()])
+            for (name, shape), part in zip(SHAPES.items(), parts, strict=True):
+                model.get_parameter(name).grad = part.view(shape)
+        else:
+            model.zero_grad(set_to_none=False)
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.synchronize()
+        for name in SHAPES:
+            total = definition.total(name, [gradients(r, step)[name] for r in range(hvd.size())])
+            assert torch.equal(model.get_parameter(name).grad, total / hvd.size())  # type: ignore[arg-type]
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("one_buffer", [False, True])
+def test_gradients_in_buffers_that_live_on(world: World, one_buffer: bool) -> None:
+    world.run(gradients_in_buffers_that_live_on, one_buffer)
+
+
 class WithEmbedding(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -17,8 +17,8 @@ from test_wire import reseal, sample
 from torch import Tensor
 
 from hvd_compress import WireError
-from hvd_compress.kernels import add_at, all_finite, is_finite, native, sum_at, swap_add
-from hvd_compress.kernels.vectors import add_at_by_torch, is_finite_by_torch, sum_at_by_torch, swap_add_by_torch
+from hvd_compress.kernels import add_at, all_finite, is_finite, native, sum_at
+from hvd_compress.kernels.vectors import add_at_by_torch, is_finite_by_torch, sum_at_by_torch
 from hvd_compress.operators import QSGD, TopK, compose
 from hvd_compress.operators.topk import top_k
 from hvd_compress.wire import HEADER_BYTES, Message, decode, encode
@@ -58,6 +58,21 @@ def assert_selects_the_same(x: Tensor, k: int, threads: tuple[int, ...] = (1,)) 
             indices, values = loops.top_k(x.numpy(), k, number, unit)
             assert np.array_equal(indices, expected.numpy()), (unit, number)
             assert values.tobytes() == bits_of(x[expected]), (unit, number)
+    half = x * 0.5
+    assert_selects_the_same_of_a_sum(half, half.clone(), k, threads[-1:])  # of what was selected from above, mostly
+    assert_selects_the_same_of_a_sum(x, x.flip(0), k, threads[-1:])
+
+
+def assert_selects_the_same_of_a_sum(x: Tensor, other: Tensor, k: int, threads: tuple[int, ...]) -> None:
+    total = x + other
+    expected = top_k(total, k)
+    for unit in loops.vector_units():
+        for number in threads:
+            ours = x.clone()
+            indices, values = loops.add_top_k(ours.numpy(), other.numpy(), k, number, unit)
+            assert equal(ours, total), (unit, number)
+            assert np.array_equal(indices, expected.numpy()), (unit, number)
+            assert values.tobytes() == bits_of(ours[expected]), (unit, number)
 
 
 @given(st.lists(numbers, min_size=1, max_size=300), st.sampled_from(FLOATS), st.data())
@@ -120,37 +135,9 @@ def test_top_k_repeats_the_pass_when_its_threshold_was_too_high() -> None:
 # Vectors
 
 
-@given(
-    st.lists(st.tuples(numbers, numbers), max_size=100),
-    st.sampled_from(FLOATS),
-    st.sampled_from([1.0, 0.5, 0.9, 1e-3]),
-)
-def test_swap_add(pairs: list[tuple[float, float]], dtype: torch.dtype, decay: float) -> None:
-    memory, gradient = torch.tensor(pairs, dtype=dtype).reshape(-1, 2).unbind(1)
-    ours, theirs = [(memory.clone(), gradient.clone()) for _ in range(2)]
-    swap_add(*ours, decay)
-    swap_add_by_torch(*theirs, decay)
-    assert bits_of(ours[1]) == bits_of(theirs[1]) == bits_of(memory.clone())
-    assert equal(ours[0], theirs[0])
-
-
-def test_swap_add_rounds_the_product() -> None:
-    """1.1 · x rounds in float32; a fused multiply-add would leave another number here."""
-    memory = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
-    gradient = -(memory * 1.1)
-    swap_add(memory, gradient, 1.1)
-    assert not memory.any()
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_swap_add_and_is_finite_in_threads(threads: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    memory, gradient = torch.randn(LARGE, generator=generator), torch.randn(LARGE, generator=generator)
-    total = memory * 0.9 + gradient
-    before = memory.clone()
-    loops.swap_add(memory.numpy(), gradient.numpy(), 0.9, threads)
-    assert torch.equal(gradient, before)
-    assert torch.equal(memory, total)
+def test_is_finite_in_threads(threads: int) -> None:
+    memory = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
     assert loops.is_finite(memory.numpy(), threads)
     for place in (0, 4096, LARGE // 2, LARGE - 1):
         for bad in (math.nan, INFINITY, -INFINITY):
@@ -409,7 +396,7 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x[::2], 1, 1, unit),
         lambda: loops.top_k(x.astype(np.float16), 1, 1, unit),
         lambda: loops.top_k(x.tolist(), 1, 1, unit),
-        lambda: loops.swap_add(x, x.astype(np.float64), 1.0, 1),
+        lambda: loops.add_top_k(x, x.astype(np.float64), 1, 1, unit),
         lambda: loops.is_finite(x[::2], 1),
         lambda: loops.add_at(x, indices.astype(np.int32), x[:2], 1.0),
         lambda: loops.add_at(x, indices, x[:2].astype(np.float64), 1.0),
@@ -421,9 +408,10 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x, 0, 1, unit),
         lambda: loops.top_k(x, 9, 1, unit),
         lambda: loops.top_k(x.reshape(2, 4), 1, 1, unit),
-        lambda: loops.swap_add(x, np.zeros(7, np.float32), 1.0, 1),
-        lambda: loops.swap_add(x[1:], x[:-1], 1.0, 1),
-        lambda: loops.swap_add(x, read_only, 1.0, 1),
+        lambda: loops.add_top_k(x, np.zeros(8, np.float32), 9, 1, unit),
+        lambda: loops.add_top_k(x, np.zeros(7, np.float32), 1, 1, unit),
+        lambda: loops.add_top_k(x[1:], x[:-1], 1, 1, unit),
+        lambda: loops.add_top_k(read_only, x, 1, 1, unit),
         lambda: loops.add_at(read_only, indices, x[:2], 1.0),
         lambda: loops.add_at(x, indices, x[:3], 1.0),
         lambda: loops.encode_indices(indices, np.array([[3, 1, 1, 9]])),
@@ -446,14 +434,12 @@ def test_what_the_loops_do_not_have_goes_to_torch() -> None:
     assert native.serves(x)
     for other in (x.t(), x[:, 1], x.half(), x.to(torch.int32), x.clone().requires_grad_(), x.to("meta")):
         assert not native.serves(other)
-    memory, gradient = torch.ones(8)[::2], torch.arange(4.0)
-    swap_add(memory, gradient, 0.5)
-    assert (memory.tolist(), gradient.tolist()) == ([0.5, 1.5, 2.5, 3.5], [1.0] * 4)
+    apart = torch.zeros(8)[::2]
+    add_at(apart, torch.tensor([1, 3]), torch.ones(2))
+    assert apart.tolist() == [0, 1, 0, 1]
     half = torch.zeros(4, dtype=torch.float16)
     Message.sparse((4,), torch.tensor([2]), torch.ones(1)).add_to(half)
     assert half.tolist() == [0, 0, 1, 0]
-    with pytest.raises(ValueError, match="one length"):
-        swap_add(torch.ones(3), torch.ones(4))
 
 
 WITHOUT = """

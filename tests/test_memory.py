@@ -13,11 +13,18 @@ from hvd_compress.memory import DGC, EF21, Memory, NoMemory, Residual, TwoSided
 from hvd_compress.operators import Operator, Sign, TopK
 
 
+def compensate(memory: Memory, name: str, x: Tensor) -> Tensor:
+    """What is compressed in place of ``x``."""
+    compensated, other = memory.compensate(name, x)
+    return compensated if other is None else compensated.add_(other)
+
+
 def exchange(memories: list[Memory], operator: Operator, xs: list[Tensor], name: str = "w") -> list[Tensor]:
     """One exchange between ranks, each with its memory; what each one's optimizer gets: the sum over ranks."""
-    messages = [operator.encode(m.compensate(name, x.clone())) for m, x in zip(memories, xs, strict=True)]
+    messages = [operator.encode(compensate(m, name, x.clone())) for m, x in zip(memories, xs, strict=True)]
     for memory, message in zip(memories, messages, strict=True):
-        memory.commit(name, message)
+        memory.update(name, message)
+        memory.commit(name)
     total = sum((message.decode() for message in messages), torch.zeros_like(xs[0]))
     return [m.receive(name, total.clone(), len(xs), torch.Generator) for m in memories]
 
@@ -29,10 +36,11 @@ def test_what_was_put_in_is_what_was_sent_and_what_is_left() -> None:
     put_in, sent = torch.zeros(50), torch.zeros(50)
     for _ in range(200):
         x = torch.randint(-64, 64, (50,), generator=generator) / 16
-        compensated = memory.compensate("w", x.clone())
+        compensated = compensate(memory, "w", x.clone())
         message = operator.encode(compensated)
         message.add_to(sent)
-        memory.commit("w", message)
+        memory.update("w", message)
+        memory.commit("w")
         put_in += x
         assert torch.equal(put_in, sent + memory.state_dict()["w"])
 
@@ -42,10 +50,11 @@ def test_error_feedback_by_hand() -> None:
     memory, operator = Residual(), TopK(k=1)
     steps = [([3.0, 2.0], [3, 0], [0, 2]), ([1.0, 1.0], [0, 3], [1, 0]), ([0.5, -2.0], [0, -2], [Fraction(3, 2), 0])]
     for x, sent, left in steps:
-        compensated = memory.compensate("w", torch.tensor(x))
+        compensated = compensate(memory, "w", torch.tensor(x))
         message = operator.encode(compensated)
         assert message.decode().tolist() == sent
-        memory.commit("w", message)
+        memory.update("w", message)
+        memory.commit("w")
         assert memory.state_dict()["w"].tolist() == left
 
 
@@ -53,10 +62,11 @@ def test_decay_by_hand() -> None:
     """Top-1 with decay 1/2: what waits is halved at each exchange."""
     memory, operator = Residual(decay=0.5), TopK(k=1)
     for x, sent, left in [([3.0, 2.0], [3, 0], [0, 2]), ([1.5, 0.0], [1.5, 0], [0, 1]), ([0, 0], [0, 0.5], [0, 0])]:
-        compensated = memory.compensate("w", torch.tensor(x, dtype=torch.float32))
+        compensated = compensate(memory, "w", torch.tensor(x, dtype=torch.float32))
         message = operator.encode(compensated)
         assert message.decode().tolist() == sent
-        memory.commit("w", message)
+        memory.update("w", message)
+        memory.commit("w")
         assert memory.state_dict()["w"].tolist() == left
     for decay in (0.0, 1.5):
         with pytest.raises(ValueError, match="decay"):
@@ -66,8 +76,9 @@ def test_decay_by_hand() -> None:
 def test_parameters_do_not_mix() -> None:
     memory, operator = Residual(), TopK(k=1)
     for name, x in (("a", [1.0, 2.0]), ("b", [4.0, 3.0])):
-        compensated = memory.compensate(name, torch.tensor(x))
-        memory.commit(name, operator.encode(compensated))
+        compensated = compensate(memory, name, torch.tensor(x))
+        memory.update(name, operator.encode(compensated))
+        memory.commit(name)
     assert {n: m.tolist() for n, m in memory.state_dict().items()} == {"a": [1.0, 0.0], "b": [0.0, 3.0]}
 
 
@@ -76,14 +87,15 @@ def test_loading_copies() -> None:
     state = {"w": torch.tensor([1.0, 2.0])}
     memory.load_state_dict(state)
     state["w"].zero_()
-    assert memory.compensate("w", torch.zeros(2)).tolist() == [1.0, 2.0]
+    assert compensate(memory, "w", torch.zeros(2)).tolist() == [1.0, 2.0]
 
 
 def test_no_memory_forgets_and_refuses_to_lose_one() -> None:
     memory, operator = NoMemory(), TopK(k=1)
-    compensated = memory.compensate("w", torch.tensor([3.0, 2.0]))
-    memory.commit("w", operator.encode(compensated))
-    assert memory.compensate("w", torch.tensor([1.0, 1.0])).tolist() == [1.0, 1.0]
+    compensated = compensate(memory, "w", torch.tensor([3.0, 2.0]))
+    memory.update("w", operator.encode(compensated))
+    memory.commit("w")
+    assert compensate(memory, "w", torch.tensor([1.0, 1.0])).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="residual"):
         memory.load_state_dict({"w": torch.ones(2)})
 
@@ -108,7 +120,7 @@ def test_rollback_leaves_every_bit(make: Callable[[], Memory]) -> None:
         x = torch.randn(20, generator=generator)
         for _ in range((step + 1) % 3):
             before = {n: m.clone() for n, m in disturbed.state_dict().items()}
-            disturbed.compensate("w", torch.full((20,), torch.nan))
+            compensate(disturbed, "w", torch.full((20,), torch.nan))
             disturbed.rollback("w")
             disturbed.rollback("never seen")
             assert before.keys() == disturbed.state_dict().keys()
@@ -203,7 +215,7 @@ def test_dgc_clips_each_gradient() -> None:
     for x, clipped in [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4]), ([0.0, 0.0], [0.0, 0.0])]:
         (received,) = exchange([memory], TopK(ratio=1.0), [torch.tensor(x)])
         assert torch.allclose(received, torch.tensor(clipped))
-    assert memory.compensate("w", torch.tensor([torch.inf, 1.0])).isnan().any()
+    assert compensate(memory, "w", torch.tensor([torch.inf, 1.0])).isnan().any()
     for settings in ({"momentum": 1.0}, {"clip": 0.0}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             DGC(**settings)  # type: ignore[arg-type]

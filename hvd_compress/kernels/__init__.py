@@ -2,7 +2,7 @@
 
 from .hadamard import hadamard, next_power_of_two, random_signs
 from .subset import random_subset
-from .vectors import add_at, all_finite, is_finite, sum_at, swap_add
+from .vectors import add_at, all_finite, is_finite, sum_at
 
 __all__ = [
     "add_at",
@@ -13,5 +13,4 @@ __all__ = [
     "random_signs",
     "random_subset",
     "sum_at",
-    "swap_add",
 ]

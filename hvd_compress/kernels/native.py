@@ -54,9 +54,10 @@ def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
-def swap_add(memory: Tensor, gradient: Tensor, decay: float) -> None:
-    """:func:`.vectors.swap_add`."""
-    _native.swap_add(memory.numpy(), gradient.numpy(), decay, torch.get_num_threads())
+def add_top_k(flat: Tensor, other: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same of ``flat.add_(other)``."""
+    indices, values = _native.add_top_k(flat.numpy(), other.numpy(), k, torch.get_num_threads(), _UNIT)
+    return torch.from_numpy(indices), torch.from_numpy(values)
 
 
 def is_finite(flat: Tensor) -> bool:

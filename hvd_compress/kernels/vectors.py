@@ -11,34 +11,6 @@ from torch import Tensor
 from . import native
 
 
-def swap_add(memory: Tensor, gradient: Tensor, decay: float = 1.0) -> None:
-    """``memory`` becomes ``decay * memory + gradient``, and ``gradient`` what ``memory`` was; both in place.
-
-    Args:
-        memory: float32 or float64 ``[d]``.
-        gradient: of the same shape, dtype and device; does not overlap ``memory``.
-        decay: the product is rounded before it is added.
-
-    Raises:
-        ValueError: the two are not vectors of one length.
-    """
-    if memory.shape != gradient.shape or memory.dim() != 1:
-        raise ValueError(
-            f"two vectors of one length are needed, got {tuple(memory.shape)} and {tuple(gradient.shape)}"
-        )
-    if native.serves(memory, gradient):
-        native.swap_add(memory, gradient, decay)
-    else:
-        swap_add_by_torch(memory, gradient, decay)
-
-
-def swap_add_by_torch(memory: Tensor, gradient: Tensor, decay: float = 1.0) -> None:
-    """See :func:`swap_add`."""
-    total = (memory * decay).add_(gradient)  # torch.add(…, alpha=decay) rounds once or twice, as the processor has it
-    gradient.copy_(memory)
-    memory.copy_(total)
-
-
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether no element is inf or NaN: bool of no dimensions, on the tensor's device."""
     if tensor.is_floating_point() and native.serves(tensor):

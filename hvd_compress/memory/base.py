@@ -28,9 +28,10 @@ class Sent(Protocol):
 class Memory(ABC):
     """What a rank remembers about each parameter from one exchange to the next.
 
-    For each exchange and tensor :meth:`compensate` is called, then either :meth:`commit`, once the messages of all
-    ranks have arrived and are finite, or :meth:`rollback`, after which the memory is bit for bit as it was. What the
-    optimizer gets in the end goes through :meth:`receive`. The ``repr`` tells the settings, which ranks compare.
+    For each exchange and tensor :meth:`compensate` is called, and :meth:`update` with what is sent. Then comes either
+    :meth:`commit`, once the messages of all ranks have arrived and are finite, or :meth:`rollback`, after which the
+    memory is bit for bit as it was. What the optimizer gets in the end goes through :meth:`receive`. The ``repr``
+    tells the settings, which ranks compare.
     """
 
     covers_small: ClassVar[bool] = False
@@ -55,18 +56,29 @@ class Memory(ABC):
         return (MASS,)
 
     @abstractmethod
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """What is to be compressed in place of ``tensor``: a flat tensor which only this memory changes.
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is to be compressed in place of ``tensor``: the sum of two, or the first alone.
+
+        Whoever compresses adds the second to the first, in place. After that only this memory changes it.
 
         Args:
             name: the parameter's.
             tensor: float32 or float64 ``[d]``. It is given up: the memory may write to it until it is told of the
-                outcome.
+                outcome, and keep it then, if :meth:`commit` returns another one for it.
         """
 
     @abstractmethod
-    def commit(self, name: str, sent: Sent) -> None:
-        """The exchange has succeeded: remember the outcome for what :meth:`compensate` returned last."""
+    def update(self, name: str, sent: Sent) -> None:
+        """``sent`` is the compressed form of the sum that :meth:`compensate` has asked for; the outcome is open."""
+
+    @abstractmethod
+    def commit(self, name: str) -> Tensor | None:
+        """The exchange has succeeded: remember what :meth:`update` was told last.
+
+        Returns:
+            A vector in exchange for the tensor that :meth:`compensate` was given, if the memory keeps that: of its
+            size, dtype and device, holding anything.
+        """
 
     @abstractmethod
     def rollback(self, name: str) -> None:

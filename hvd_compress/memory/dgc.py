@@ -64,7 +64,7 @@ class DGC(Memory):
         """u and v."""
         return (MASS, MASS)
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v, with this step's velocity."""
         x = tensor if self._clip is None else tensor * _shrink(tensor, self._clip)
         velocity = self._velocities[name].to(x.device) if name in self._velocities else torch.zeros_like(x)
@@ -77,15 +77,18 @@ class DGC(Memory):
         if name in self._accumulated:
             accumulated += self._accumulated[name].to(x.device)
         self._pending[name] = velocity, accumulated
-        return accumulated
+        return accumulated, None
 
-    def commit(self, name: str, sent: Sent) -> None:
+    def update(self, name: str, sent: Sent) -> None:
         """Take off what was sent, from v and from u."""
-        velocity, accumulated = self._pending.pop(name)
+        velocity, accumulated = self._pending[name]
         sent.add_to(accumulated, alpha=-1)
         if self._masking:
             sent.clear_in(velocity)
-        self._velocities[name], self._accumulated[name] = velocity, accumulated
+
+    def commit(self, name: str) -> None:
+        """See :meth:`Memory.commit`."""
+        self._velocities[name], self._accumulated[name] = self._pending.pop(name)
 
     def rollback(self, name: str) -> None:
         """See :meth:`Memory.rollback`."""

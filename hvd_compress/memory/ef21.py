@@ -40,6 +40,7 @@ class EF21(Memory):
         self._sums: dict[str, Tensor] = {}  # G, the sum of all ranks' estimates: the same on all ranks
         self._means: dict[str, Tensor] = {}  # v, if there is momentum
         self._pending: dict[str, Tensor] = {}  # v that wait for their exchange's outcome
+        self._corrections: dict[str, Sent] = {}  # C that wait for it
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(momentum={self._momentum})"
@@ -49,18 +50,22 @@ class EF21(Memory):
         """g, G, and v if there is momentum."""
         return (ESTIMATE, TOTAL, ESTIMATE) if self._momentum else (ESTIMATE, TOTAL)
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v − g."""
         mean = self._means.get(name)
         if self._momentum and mean is not None:
             tensor = torch.lerp(tensor, mean.to(tensor.device), self._momentum)
         self._pending[name] = tensor
         own = self._own.get(name)
-        return tensor.clone() if own is None else tensor - own.to(tensor.device)
+        return tensor.clone() if own is None else tensor - own.to(tensor.device), None
 
-    def commit(self, name: str, sent: Sent) -> None:
+    def update(self, name: str, sent: Sent) -> None:
+        """See :meth:`Memory.update`."""
+        self._corrections[name] = sent
+
+    def commit(self, name: str) -> None:
         """g ← g + C."""
-        mean = self._pending.pop(name)
+        mean, sent = self._pending.pop(name), self._corrections.pop(name)
         if self._momentum:
             self._means[name] = mean.clone() if name not in self._means else mean
         own = self._own.setdefault(name, torch.zeros_like(mean))
@@ -69,6 +74,7 @@ class EF21(Memory):
     def rollback(self, name: str) -> None:
         """See :meth:`Memory.rollback`."""
         self._pending.pop(name, None)
+        self._corrections.pop(name, None)
 
     def receive(self, name: str, total: Tensor, world_size: int, draws: Callable[[], torch.Generator]) -> Tensor:
         """G, with this exchange's corrections."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from ..kernels import swap_add
 from .base import Memory, Sent
 
 
@@ -39,20 +39,22 @@ class Residual(Memory):
     def __repr__(self) -> str:
         return f"Residual(decay={self._decay})"
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
-        """decay · m + x, in place of m, which moves to ``tensor``. A parameter's first m is 0."""
-        residual = self._residuals.get(name)
-        if residual is None:
-            self._residuals[name], self._before[name] = tensor.clone(), None
-        else:
-            self._residuals[name], self._before[name] = residual.to(tensor.device), tensor
-            swap_add(self._residuals[name], tensor, self._decay)
-        return self._residuals[name]
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """decay · m + x, in place of x. A parameter's first m is 0."""
+        before = self._residuals.get(name)
+        if before is not None:
+            before = before.to(tensor)
+        self._residuals[name], self._before[name] = tensor, before
+        return tensor, before if before is None or self._decay == 1 else before * self._decay
 
-    def commit(self, name: str, sent: Sent) -> None:
-        """m ← p − C(p), in place of p."""
-        del self._before[name]
+    def update(self, name: str, sent: Sent) -> None:
+        """m ← p − C(p), in place of p, which is likely to be in the cache still."""
         sent.add_to(self._residuals[name], alpha=-1)
+
+    def commit(self, name: str) -> Tensor:
+        """Give the storage of the old m away."""
+        before = self._before.pop(name)
+        return torch.empty_like(self._residuals[name]) if before is None else before
 
     def rollback(self, name: str) -> None:
         """See :meth:`Memory.rollback`."""
@@ -62,7 +64,7 @@ class Residual(Memory):
         if before is None:
             del self._residuals[name]
         else:
-            self._residuals[name].copy_(before)
+            self._residuals[name] = before
 
     def take_back(self, name: str, start: int, rest: Tensor) -> None:
         """m ← m + rest, for the elements in question."""
@@ -89,11 +91,14 @@ class Residual(Memory):
 class NoMemory(Memory):
     """What was not sent is forgotten."""
 
-    def compensate(self, name: str, tensor: Tensor) -> Tensor:
+    def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tensor itself."""
-        return tensor
+        return tensor, None
 
-    def commit(self, name: str, sent: Sent) -> None:
+    def update(self, name: str, sent: Sent) -> None:
+        """Nothing to remember."""
+
+    def commit(self, name: str) -> None:
         """Nothing to remember."""
 
     def rollback(self, name: str) -> None:

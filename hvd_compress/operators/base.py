@@ -43,6 +43,16 @@ class Operator(ABC):
             learns of an overflow on one of them.
         """
 
+    def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """``x += other`` and :meth:`encode` of the sum, which some operators do in one pass over memory.
+
+        Args:
+            x: float32 or float64 ``[d]``, contiguous.
+            other: of the same shape, dtype and device; does not overlap ``x``.
+            generator: see :meth:`encode`.
+        """
+        return self.encode(x.add_(other), generator=generator)
+
     def __call__(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """C(x) as a receiver sees it: the shape and device of ``x``, float32 (float64 for float64)."""
         return self.encode(x, generator=generator).decode()

@@ -82,7 +82,13 @@ class Composed(Operator):
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`."""
-        kept = self.sparsifier.encode(x, generator=generator)
+        return self._quantize(self.sparsifier.encode(x, generator=generator), generator)
+
+    def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.add_encode`."""
+        return self._quantize(self.sparsifier.add_encode(x, other, generator=generator), generator)
+
+    def _quantize(self, kept: Message, generator: torch.Generator | None) -> Message:
         k = len(kept.values)
         self.check(k)
         values = self.quantizer.encode(kept.values.decode(), generator=generator).values

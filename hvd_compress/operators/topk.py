@@ -35,6 +35,14 @@ class TopK(Amount, Operator):
         indices, values = largest(flat, k)
         return Message(tuple(x.shape), indices, Floats(values))
 
+    def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        """See :meth:`Operator.add_encode`."""
+        k = self.count(len(x))
+        if k == len(x) or not native.serves(x, other):
+            return super().add_encode(x, other)
+        indices, values = native.add_top_k(x, other, k)
+        return Message(tuple(x.shape), indices, Floats(values))
+
 
 def largest(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What :func:`top_k` says, in the way that suits the device, and the elements at these indices."""

@@ -27,10 +27,12 @@ std::vector<VectorUnit> vector_units();
 template <class Float>
 void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values);
 
-// vectors.cpp
+// The same of x + y, which x becomes on the way. The two do not overlap.
 template <class Float>
-void swap_add(Float* memory, Float* gradient, Index n, Float decay, int threads);
+void add_top_k(Float* x, const Float* y, Index d, Index k, int threads, VectorUnit unit, Index* indices,
+               Float* values);
 
+// vectors.cpp
 template <class Float>
 bool is_finite(const Float* x, Index n, int threads);
 

@@ -31,11 +31,16 @@ void require_vector(const py::array& array, const char* name) {
 }
 
 template <class Float>
-py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit unit) {
+void require_top_k(const Array<Float>& flat, Index k, VectorUnit unit) {
     static const std::vector<VectorUnit> units = vector_units();
     require_vector(flat, "flat");
     require(std::find(units.begin(), units.end(), unit) != units.end(), "this machine does not have that vector unit");
     require(1 <= k && k <= flat.size(), "k must be 1 to " + std::to_string(flat.size()) + ", got " + std::to_string(k));
+}
+
+template <class Float>
+py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit unit) {
+    require_top_k(flat, k, unit);
     Array<Index> indices(k);
     Array<Float> values(k);
     const Float* x = flat.data();
@@ -50,15 +55,23 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
 }
 
 template <class Float>
-void swap_add_of(Array<Float>& memory, Array<Float>& gradient, Float decay, int threads) {
-    require_vector(memory, "memory");
-    require_vector(gradient, "gradient");
-    require(memory.size() == gradient.size(), "memory and gradient must be of one length");
-    Float *m = memory.mutable_data(), *g = gradient.mutable_data();
-    const Index n = memory.size();
-    require(m + n <= g || g + n <= m, "memory and gradient must not overlap");
-    py::gil_scoped_release released;
-    swap_add(m, g, n, decay, threads);
+py::tuple add_top_k_of(Array<Float>& flat, const Array<Float>& other, Index k, int threads, VectorUnit unit) {
+    require_top_k(flat, k, unit);
+    require_vector(other, "other");
+    require(other.size() == flat.size(), "the two vectors must be of one length");
+    Array<Index> indices(k);
+    Array<Float> values(k);
+    Float* x = flat.mutable_data();
+    const Float* y = other.data();
+    const Index d = flat.size();
+    require(x + d <= y || y + d <= x, "the two vectors must not overlap");
+    Index* i = indices.mutable_data();
+    Float* v = values.mutable_data();
+    {
+        py::gil_scoped_release released;
+        add_top_k(x, y, d, k, threads, unit, i, v);
+    }
+    return py::make_tuple(std::move(indices), std::move(values));
 }
 
 template <class Float>
@@ -203,8 +216,8 @@ py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
-    module.def("swap_add", &swap_add_of<Float>, "memory"_a.noconvert(), "gradient"_a.noconvert(), "decay"_a,
-               "threads"_a);
+    module.def("add_top_k", &add_top_k_of<Float>, "flat"_a.noconvert(), "other"_a.noconvert(), "k"_a, "threads"_a,
+               "unit"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
                "alpha"_a);

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 #include "kernels.h"
 #include "threads.h"
@@ -237,20 +238,48 @@ Word keep_best(Candidates<Word>& c, Index k) {
     return kth.value == kInfinity<Word> ? kNoSign<Word> + 1 : kth.value + 1;
 }
 
+// What is selected from: a vector that is there, or the sum of two, which takes the place of the first as it is read.
 template <class Word>
-void collect_all(Candidates<Word>& c, Index k, Word threshold, Collect<Word> collect) {
+struct Vector {
+    const Word* x;
+
+    void copy(Index at, Index count, Word* to) const { std::memcpy(to, x + at, count * sizeof(Word)); }
+    void prepare(Index, Index) const {}
+};
+
+template <class Float, class Word>
+struct Sum {
+    Float* x;
+    const Float* y;
+
+    void copy(Index at, Index count, Word* to) const {
+        for (Index i = 0; i < count; ++i) {
+            const Float sum = x[at + i] + y[at + i];
+            std::memcpy(to + i, &sum, sizeof sum);
+        }
+    }
+    void prepare(Index begin, Index end) const {
+        Float* __restrict a = x;
+        const Float* __restrict b = y;
+        for (Index i = begin; i < end; ++i) a[i] += b[i];
+    }
+};
+
+template <class Word, class Source>
+void collect_all(Candidates<Word>& c, Index k, Word threshold, Collect<Word> collect, const Source& source, Index first) {
     c.count = 0;
     for (Index begin = 0; begin < c.length; begin += kBlock) {
         if (c.count + kBlock > c.capacity) threshold = keep_best(c, k);
         const Index end = std::min(begin + kBlock, c.length);
+        source.prepare(first + begin, first + end);
         c.count = collect(c.x, begin, end, threshold, c.bits.get(), c.place.get(), c.count);
     }
 }
 
 // A magnitude that k elements or a few more most likely reach. The sample is made of short runs, which cost one look
 // at memory each, at places without a period, since the elements of a tensor often have one.
-template <class Word>
-Word likely_threshold(const Word* x, Index d, Index k) {
+template <class Word, class Source>
+Word likely_threshold(const Source& source, Index d, Index k) {
     constexpr Index run = 4, most_runs = 1024, one_of = 16;
     const Index runs = std::min(d / (one_of * run), most_runs);
     if (runs < 16) return 0;
@@ -262,15 +291,16 @@ Word likely_threshold(const Word* x, Index d, Index k) {
     for (Index r = 0; r < runs; ++r) {
         const Word64 scattered = (static_cast<Word64>(r) * 0x9E3779B97F4A7C15ull) >> 32;  // in [0, 2^32)
         const Index within = static_cast<Index>((scattered * static_cast<Word64>(stride - run + 1)) >> 32);
-        std::memcpy(sample + r * run, x + r * stride + within, run * sizeof(Word));
+        source.copy(r * stride + within, run, sample + r * run);
     }
     const Span<Word> span{sample, taken};
     constexpr int precision = sizeof(Word) == 4 ? 16 : 40;  // leaves seven bits of a float's mantissa, or twelve
     return kth_largest(&span, 1, rank, precision).value;
 }
 
-template <class Word>
-void top_k_words(const Word* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Word* values) {
+template <class Word, class Source>
+void top_k_of(const Source& source, const Word* x, Index d, Index k, int threads, VectorUnit unit, Index* indices,
+              Word* values) {
     const Collect<Word> collect = collect_with(unit, Word{});
     // Places are of the word's width, so a part has less than 2^31 elements.
     const Index parts = std::max(parts_of(d, threads), (d >> 30) + 1), size = (d + parts - 1) / parts;
@@ -279,17 +309,18 @@ void top_k_words(const Word* x, Index d, Index k, int threads, VectorUnit unit, 
     for (Index begin = 0; begin < d; begin += size) candidates.emplace_back(x + begin, std::min(size, d - begin), k);
     std::vector<Span<Word>> spans(candidates.size());
     Index total = 0;
-    const auto collect_from = [&](Word threshold) {
-        in_parallel(static_cast<Index>(candidates.size()), [&](Index p) { collect_all(candidates[p], k, threshold, collect); });
+    const auto collect_from = [&](const auto& from, Word threshold) {
+        in_parallel(static_cast<Index>(candidates.size()),
+                    [&](Index p) { collect_all(candidates[p], k, threshold, collect, from, p * size); });
         total = 0;
         for (std::size_t p = 0; p < candidates.size(); ++p) {
             spans[p] = {candidates[p].bits.get(), candidates[p].count};
             total += candidates[p].count;
         }
     };
-    Word threshold = likely_threshold(x, d, k);
-    collect_from(threshold);
-    if (total < k) collect_from(threshold = 0);
+    Word threshold = likely_threshold<Word>(source, d, k);
+    collect_from(source, threshold);
+    if (total < k) collect_from(Vector<Word>{x}, threshold = 0);
 
     const Kth<Word> kth = threshold ? kth_largest_above(spans, k, threshold) : kth_largest(spans.data(), spans.size(), k);
     Index equals = k - kth.above;
@@ -304,15 +335,25 @@ void top_k_words(const Word* x, Index d, Index k, int threads, VectorUnit unit, 
 
 }  // namespace
 
-template <>
-void top_k(const float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, float* values) {
-    top_k_words(reinterpret_cast<const Word32*>(x), d, k, threads, unit, indices, reinterpret_cast<Word32*>(values));
+template <class Float>
+void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values) {
+    using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
+    const Word* words = reinterpret_cast<const Word*>(x);
+    top_k_of(Vector<Word>{words}, words, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
-template <>
-void top_k(const double* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, double* values) {
-    top_k_words(reinterpret_cast<const Word64*>(x), d, k, threads, unit, indices, reinterpret_cast<Word64*>(values));
+template <class Float>
+void add_top_k(Float* x, const Float* y, Index d, Index k, int threads, VectorUnit unit, Index* indices,
+               Float* values) {
+    using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
+    const Word* words = reinterpret_cast<const Word*>(x);
+    top_k_of(Sum<Float, Word>{x, y}, words, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
+
+template void top_k(const float*, Index, Index, int, VectorUnit, Index*, float*);
+template void top_k(const double*, Index, Index, int, VectorUnit, Index*, double*);
+template void add_top_k(float*, const float*, Index, Index, int, VectorUnit, Index*, float*);
+template void add_top_k(double*, const double*, Index, Index, int, VectorUnit, Index*, double*);
 
 std::vector<VectorUnit> vector_units() {
     std::vector<VectorUnit> units;

@@ -12,27 +12,6 @@
 namespace hvd {
 
 template <class Float>
-void swap_add(Float* memory, Float* gradient, Index n, Float decay, int threads) {
-    in_ranges(n, threads, [=](Index begin, Index end) {
-        Float* __restrict m = memory;
-        Float* __restrict g = gradient;
-        if (decay == 1) {
-            for (Index i = begin; i < end; ++i) {
-                const Float before = m[i];
-                m[i] = before + g[i];
-                g[i] = before;
-            }
-        } else {
-            for (Index i = begin; i < end; ++i) {
-                const Float before = m[i];
-                m[i] = before * decay + g[i];
-                g[i] = before;
-            }
-        }
-    });
-}
-
-template <class Float>
 bool is_finite(const Float* x, Index n, int threads) {
     using Word = std::conditional_t<sizeof(Float) == 4, std::uint32_t, std::uint64_t>;
     constexpr Word exponent = sizeof(Float) == 4 ? Word(0x7F800000u) : Word(0x7FF0000000000000ull);
@@ -102,8 +81,6 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
     });
 }
 
-template void swap_add(float*, float*, Index, float, int);
-template void swap_add(double*, double*, Index, double, int);
 template bool is_finite(const float*, Index, int);
 template bool is_finite(const double*, Index, int);
 template void add_at(float*, Index, const Index*, const float*, Index, float);
