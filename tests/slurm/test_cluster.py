@@ -207,7 +207,7 @@ def test_sweep(cluster: Cluster, tmp_path: Path, timed_out: str) -> None:
     assert ended.returncode == 0, ended.stderr
     for place in range(3):
         assert cluster.state(f"{job}_{place}") == "COMPLETED", cluster.story(f"{job}_{place}")
-    assert re.search(r"│ 0\.01\s+│\s+│\s+2 │", ended.stdout), ended.stdout
+    assert re.search(r" 0\.01\s+│\s+│\s+2 │", ended.stdout), ended.stdout
     assert (sweep / "accuracy-vs-megabytes.png").exists()
     sent = [json.loads(p.read_text())["megabytes_sent"] for p in sorted(sweep.glob("*/metrics.jsonl"))]
     assert sent[0] == pytest.approx(sent[1], rel=0.1)
