@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from world import environment
 
 from hvd_compress.advise import Candidate, Measurements, advise
-from hvd_compress.advise.command import conclusion, maker
+from hvd_compress.advise.command import conclusion, explain, maker
 from hvd_compress.advise.predict import spans, step_seconds
 
 FP32 = Candidate("Horovod, fp32", "none", 100, 0.0, 0.0, 10.5, dense=True)
@@ -26,6 +28,7 @@ FOUND = Measurements(
     25,
     3.0,
     ranks=2,
+    nodes=2,
     ranks_per_node=1,
     bandwidth=10.0,
     latency=0.5,
@@ -102,6 +105,17 @@ def test_of_those_that_are_as_fast_the_mildest() -> None:
     harsh = replace(TOPK, name="sign", exchange=0.49)
     assert advise(replace(FOUND, candidates=(FP32, TOPK, harsh)))[0].best == "top-k"
     assert advise(replace(FOUND, candidates=(FP32, TOPK, replace(harsh, exchange=0.1))))[0].best == "sign"
+
+
+def test_it_says_where_it_was_measured() -> None:
+    for found, expected in (
+        (FOUND, "Measured between 2 ranks on 2 nodes, 1 on each"),
+        (replace(FOUND, nodes=1), "Measured between 2 ranks, all of them on this machine: each is taken for a node"),
+        (replace(FOUND, ranks=4, ranks_per_node=2), "Measured between 4 ranks on 2 nodes, 2 on each"),
+    ):
+        console = Console(file=io.StringIO(), width=110)
+        explain(found, console)
+        assert console.file.getvalue().startswith(expected + "\n")
 
 
 def test_ranks_that_share_a_node() -> None:
