@@ -6,12 +6,14 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab import Lab
 from rich.console import Console
 from world import environment
 
@@ -152,3 +154,16 @@ def test_a_short_job(tmp_path: Path) -> None:
     kept = 0.01 * 1_235_496 * (32 + 8.1) / 8
     assert kept < topk["message"] < 2 * kept, "small tensors are whole, and the packet has a head"
     assert os.path.getsize(found) > 0
+
+
+@pytest.mark.lab
+def test_two_machines_and_a_slow_link() -> None:
+    """As one starts it across nodes. Five megabytes of gradients take 0.4 s at 100 Mbit/s; a step computes less."""
+    options = ["--model", "squeezenet1_1", "--batch-size", "2", "--image-size", "64"]
+    with Lab(2, "100mbit") as lab:
+        agent, node, mpirun = lab.command(1, [])
+        program = [sys.executable, "-m", "hvd_compress", "advise", "--mpirun", mpirun, *options]
+        ended = subprocess.run([agent, node, shlex.join(program)], capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Measured between 2 ranks on 2 nodes, 1 on each" in ended.stdout
+    assert "Advice: compress, from 2 nodes on" in ended.stdout
