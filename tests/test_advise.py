@@ -158,8 +158,8 @@ def test_a_short_job(tmp_path: Path) -> None:
 
 @pytest.mark.lab
 def test_two_machines_and_a_slow_link() -> None:
-    """As one starts it across nodes. Five megabytes of gradients take 0.4 s at 100 Mbit/s; a step computes less."""
-    options = ["--model", "squeezenet1_1", "--batch-size", "2", "--image-size", "64"]
+    """As one starts it across nodes: half of 47 MB of gradients take 2 s at 100 Mbit/s, a message of top-k 0.1 s."""
+    options = ["--model", "resnet18", "--step-seconds", "0.1"]
     with Lab(2, "100mbit") as lab:
         agent, node, mpirun = lab.command(1, [])
         program = [sys.executable, "-m", "hvd_compress", "advise", "--mpirun", mpirun, *options]

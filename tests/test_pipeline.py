@@ -523,24 +523,6 @@ def test_recipes_on_four_ranks(recipe: str, few: Path, tmp_path: Path) -> None:
     assert (epoch["ratio_to_fp32"] > 50) == (recipe != "torchvision")
 
 
-def test_compiled_model(few: Path, tmp_path: Path) -> None:
-    """It trains, its parameters have the model's names everywhere, and it goes on from a checkpoint."""
-    options = ["--data", few, "--output", tmp_path, *SHORTENED, "--sync-every", 1, "--compile"]
-    status, text = run(2, *options, "--epochs", 1)
-    assert status == 0, text
-    weights = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
-    names = example("imagenet_model").make_model(settings("--arch", "resnet18"), 20).state_dict().keys()
-    assert weights.keys() == names
-    assert {*json.loads((tmp_path / "ledger.json").read_text())["tensors"]} <= names
-    status, text = run(2, *options, "--epochs", 2)
-    assert status == 0, text
-    assert "checkpoint 3." in text
-    assert [epoch["exchanges"] for epoch in metrics(tmp_path)] == [2, 4]
-    later = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
-    assert not torch.equal(later["conv1.weight"], weights["conv1.weight"])
-    shutil.rmtree(tmp_path / "checkpoint")  # pytest keeps what is left
-
-
 class TestKilled:
     """`kill -9` of mpirun and its ranks, and the same command again."""
 
