@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import multiprocessing
+import os
 import struct
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -261,10 +264,21 @@ class EveryOther(Sampler[list[int]]):
         return map(list, self._batches)
 
 
+def end_with_its_rank(worker: int) -> None:
+    """Let this process, number ``worker``, end when its rank is killed.
+
+    Its parent is the fork server, which would live on as long as it does, and mpirun waits for both.
+    """
+    rank = multiprocessing.parent_process()
+    if rank is not None:
+        threading.Thread(target=lambda: (rank.join(), os._exit(1)), name="end with its rank", daemon=True).start()
+
+
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:
     """Batches of ``dataset``, read by ``workers`` processes."""
     if workers:  # a process that runs MPI should not be forked
         options |= {"multiprocessing_context": "forkserver", "persistent_workers": True}
+        options["worker_init_fn"] = end_with_its_rank
     options["pin_memory"] = torch.cuda.is_available()
     # A generator of its own: to seed the workers must not move the global one, whose state is part of a checkpoint.
     return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), collate_fn=collate, **options)

@@ -104,7 +104,8 @@ def train(
     torch.manual_seed(args.seed)
     model = make_model(args, len(images.training.classes)).to(device())
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    forward = torch.compile(model) if args.compile else model
+    # One code for each size of images: with a flexible one, a run that goes on would compute by another.
+    forward = torch.compile(model, dynamic=False) if args.compile else model
     scaler = torch.amp.GradScaler(device().type, enabled=args.amp == "fp16")
 
     transforms = Transforms(args)

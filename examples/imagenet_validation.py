@@ -75,7 +75,7 @@ def report_unreadable(problems: list[str], run: RunDirectory | None) -> int:
     """Name the images that could not be read on any rank, and count them."""
     everywhere = sorted({*chain.from_iterable(hvd.allgather_object(problems, name="unreadable"))})
     if everywhere and run is not None:
-        on_all_ranks(lambda: run.write("unreadable.txt", "\n".join(everywhere) + "\n"))
+        on_all_ranks(lambda: run.add_lines("unreadable.txt", everywhere))
     if everywhere:
         rest = ["  …, see unreadable.txt"] if len(everywhere) > 5 and run is not None else []
         lines = [f"warning: {len(everywhere)} images could not be read:", *(f"  {p}" for p in everywhere[:5]), *rest]

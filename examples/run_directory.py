@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ class RunDirectory:
         if hvd.rank() == 0:
             self._replace(name, lambda draft: draft.write_text(text, encoding="utf-8"))
 
+    def add_lines(self, name: str, lines: Iterable[str]) -> None:
+        """Those that a text file does not have yet."""
+        if hvd.rank() == 0:
+            path = self.path / name
+            before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            new = [line for line in lines if line not in before]
+            if new:
+                self.write(name, "".join(f"{line}\n" for line in [*before, *new]))
+
     def write_epoch(
         self, records: list[dict[str, Any]], ledger: Ledger, weights: Mapping[str, Any] | None, *, is_best: bool
     ) -> None:
@@ -59,13 +68,13 @@ class RunDirectory:
             self._replace(name, partial(torch.save, weights))
 
     def open_board(self, run: str, step: int) -> None:
-        """Begin TensorBoard's file of a run; what an interrupted one wrote about later steps is hidden."""
+        """Begin TensorBoard's file of a run after so many steps; what was written about later ones is hidden."""
         if hvd.rank() != 0:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes seconds
 
         folder = "".join(letter if letter.isalnum() or letter in "=.-" else "-" for letter in run)
-        self._board = SummaryWriter(str(self.path / "tensorboard" / folder), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(self.path / "tensorboard" / folder), purge_step=step + 1)
 
     def plot(self, step: int, group: str, values: Mapping[str, Any]) -> None:
         """Add those of the values that are numbers to TensorBoard's curves."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from lab import Lab
+from rich.console import Console
 from world import environment
 
 from hvd_compress.advise import Candidate, Measurements, advise
-from hvd_compress.advise.command import conclusion, maker
+from hvd_compress.advise.command import conclusion, explain, maker
 from hvd_compress.advise.predict import spans, step_seconds
 
 FP32 = Candidate("Horovod, fp32", "none", 100, 0.0, 0.0, 10.5, dense=True)
@@ -26,6 +30,7 @@ FOUND = Measurements(
     25,
     3.0,
     ranks=2,
+    nodes=2,
     ranks_per_node=1,
     bandwidth=10.0,
     latency=0.5,
@@ -104,6 +109,17 @@ def test_of_those_that_are_as_fast_the_mildest() -> None:
     assert advise(replace(FOUND, candidates=(FP32, TOPK, replace(harsh, exchange=0.1))))[0].best == "sign"
 
 
+def test_it_says_where_it_was_measured() -> None:
+    for found, expected in (
+        (FOUND, "Measured between 2 ranks on 2 nodes, 1 on each"),
+        (replace(FOUND, nodes=1), "Measured between 2 ranks, all of them on this machine: each is taken for a node"),
+        (replace(FOUND, ranks=4, ranks_per_node=2), "Measured between 4 ranks on 2 nodes, 2 on each"),
+    ):
+        console = Console(file=io.StringIO(), width=110)
+        explain(found, console)
+        assert console.file.getvalue().startswith(expected + "\n")
+
+
 def test_ranks_that_share_a_node() -> None:
     shared = replace(FOUND, ranks=4, ranks_per_node=2)
     assert advise(shared, [8])[0].horovod_seconds == min(step_seconds(c, shared, 16) for c in (FP32, FP16))
@@ -138,3 +154,16 @@ def test_a_short_job(tmp_path: Path) -> None:
     kept = 0.01 * 1_235_496 * (32 + 8.1) / 8
     assert kept < topk["message"] < 2 * kept, "small tensors are whole, and the packet has a head"
     assert os.path.getsize(found) > 0
+
+
+@pytest.mark.lab
+def test_two_machines_and_a_slow_link() -> None:
+    """As one starts it across nodes: half of 47 MB of gradients take 2 s at 100 Mbit/s, a message of top-k 0.1 s."""
+    options = ["--model", "resnet18", "--step-seconds", "0.1"]
+    with Lab(2, "100mbit") as lab:
+        agent, node, mpirun = lab.command(1, [])
+        program = [sys.executable, "-m", "hvd_compress", "advise", "--mpirun", mpirun, *options]
+        ended = subprocess.run([agent, node, shlex.join(program)], capture_output=True, text=True, timeout=180)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "Measured between 2 ranks on 2 nodes, 1 on each" in ended.stdout
+    assert "Advice: compress, from 2 nodes on" in ended.stdout

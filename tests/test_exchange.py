@@ -510,6 +510,23 @@ def test_a_rank_that_does_not_come_ends_the_job(wrong: str, others: str, texts: 
     assert all(text in ended.stdout for text in texts), ended.stdout
 
 
+def test_mpi_does_not_end_under_a_rank_that_looks_out() -> None:
+    """Horovod's thread ends it on all ranks once rank 1's program has ended, while rank 0 is about to call it."""
+    slowly = """
+from hvd_compress.exchange import watch
+stack = watch._stack
+def slowly():
+    import time
+    time.sleep(0.2)
+    return stack()
+if hvd.rank() == 0: watch._stack = slowly
+print('the end')
+"""
+    ended = launch(2, LOCAL + slowly)
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("the end") == 2
+
+
 def test_ranks_that_all_raise_each_say_why() -> None:
     ended = launch(2, PREAMBLE + "step()\nraise KeyError(f'rank {hvd.rank()}')")
     assert ended.returncode != 0

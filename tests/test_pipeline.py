@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import itertools
 import json
@@ -25,7 +26,7 @@ import torch
 import webdataset
 import yaml
 from PIL import Image
-from test_imagenet_example import EXAMPLES, assert_equal, metrics, sizes
+from test_imagenet_example import EXAMPLES, assert_equal, metrics, run, sizes
 from torch import nn
 from world import World, environment, mpirun_command
 
@@ -44,6 +45,17 @@ def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageFolder of 20 classes, made of the embedded images."""
     root = tmp_path_factory.mktemp("images") / "numbers"
     example("embedded_images").write_numbers(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def few(numbers: Path) -> Path:
+    """The same with 80 images to validate with."""
+    root = numbers.parent / "few"
+    shutil.copytree(numbers / "train", root / "train")
+    for path in (numbers / "val").glob("*/000[0-3].png"):
+        (root / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / "val" / path.parent.name)
     return root
 
 
@@ -233,6 +245,28 @@ class TestImages:
         with pytest.raises(OSError, match="100 images in a row cannot be read; "):
             augmented[1, 0]
 
+    def test_processes_that_read_end_with_a_rank_that_is_killed(self, few: Path) -> None:
+        """They hold its output open, for whose end mpirun waits."""
+        program = (
+            "import os, signal, sys\n"
+            "from imagenet_data import Folder, Transforms, Whole, loader\n"
+            "from test_imagenet_example import sizes\n"
+            "if __name__ == '__main__':\n"
+            "    images = Whole(Folder(sys.argv[1]), Transforms(sizes()))\n"
+            "    batches = [iter(loader(images, 1, batch_size=4)) for _ in range(2)]\n"
+            "    print([len(next(each).labels) for each in batches], flush=True)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        path = os.pathsep.join([str(EXAMPLES), str(Path(__file__).parent)])
+        ended = subprocess.run(
+            [sys.executable, "-c", program, str(few / "val")],
+            env={**environment(), "PYTHONPATH": os.pathsep.join([path, environment()["PYTHONPATH"]])},
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert (ended.returncode, ended.stdout) == (-signal.SIGKILL, "[4, 4]\n"), ended.stderr
+
 
 class TestShards:
     def test_the_same_samples_as_the_folder_s(self, numbers: Path, shards: Path) -> None:
@@ -385,6 +419,21 @@ def test_time_within_time_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "seconds" not in ledger.state_dict(), "a resumed run has the same bytes, and other times"
 
 
+def test_an_input_that_is_a_bottleneck_is_called_one() -> None:
+    module = example("imagenet_epochs")
+    values: dict[str, Any] = {field.name: 1.0 for field in dataclasses.fields(module.Epoch)}
+    seconds = {"seconds_compute": 7.0, "seconds_compress": 1.0, "seconds_exchange": 1.0}
+    reached = module.Epoch(**{**values, **seconds, "images_per_second": 1812.0, "loader_images_per_second": 2900.0})
+    said = module.describe(reached, settings("--workers", 3))
+    shares = "input 10%, compute 70%, compress 10%, exchange 10%"
+    assert f"1,812 images/s ({shares}); each rank's loader could give 2,900 images/s" in said
+    assert "bottleneck" not in said
+    slower = dataclasses.replace(reached, seconds_input=1.1)
+    assert "The input is a bottleneck: try more --workers (now 3)" in module.describe(
+        slower, settings("--workers", 3)
+    )
+
+
 def batch_norm_statistics(tensors: dict[str, list[torch.Tensor]]) -> None:
     """The average is the statistics of all images of all ranks together, as far as each rank has as many."""
     module = example("imagenet_model")
@@ -443,6 +492,37 @@ def test_every_number_of_ranks_finds_the_same(world: World, numbers: Path, shard
             assert other[2] == pytest.approx(loss, rel=1e-9)
 
 
+def unreadable_on_each_rank(directory: Path) -> list[int]:
+    """How many are counted in two epochs."""
+    run = example("run_directory").RunDirectory(directory)
+    report = example("imagenet_validation").report_unreadable
+    first = report([f"{hvd.rank()}.png: torn", "both.png: empty"], run)
+    return [first, report([], run), report(["both.png: empty", f"late-{hvd.rank()}.png: torn"][hvd.rank() :], run)]
+
+
+@pytest.mark.ranks(2)
+def test_unreadable_images_of_all_ranks_and_epochs(world: World, tmp_path: Path) -> None:
+    assert world.run(unreadable_on_each_rank, tmp_path) == [[3, 0, 3]] * 2
+    names = ["0.png: torn", "1.png: torn", "both.png: empty", "late-0.png: torn", "late-1.png: torn"]
+    assert (tmp_path / "unreadable.txt").read_text().splitlines() == names
+
+
+SHORTENED = ["--arch", "resnet18", "--limit-train-batches", 2, "--batch-size", 4, "--image-size", 32, "--workers", 0]
+"""Flags that make a training small."""
+
+
+@pytest.mark.parametrize("recipe", ["paper", "torchvision"])
+def test_recipes_on_four_ranks(recipe: str, few: Path, tmp_path: Path) -> None:
+    """The short one runs below, that of the digits in ``make demo``."""
+    size = ["--eval-size", 32, "--epochs", 1, "--no-checkpoint"]
+    status, text = run(4, "--recipe", recipe, "--data", few, "--output", tmp_path, *SHORTENED, *size)
+    assert status == 0, text
+    (epoch,) = metrics(tmp_path)
+    assert epoch["ranks"] == 4
+    assert 80 * epoch["accuracy"] == pytest.approx(round(80 * epoch["accuracy"]))
+    assert (epoch["ratio_to_fp32"] > 50) == (recipe != "torchvision")
+
+
 class TestKilled:
     """`kill -9` of mpirun and its ranks, and the same command again."""
 
@@ -465,20 +545,15 @@ class TestKilled:
             start_new_session=True,
         )
 
-    def test_goes_on_bit_for_bit(self, numbers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        data = tmp_path / "images"  # few, for the validation's sake
-        shutil.copytree(numbers / "train", data / "train")
-        for path in (numbers / "val").glob("*/000[0-3].png"):
-            (data / "val" / path.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, data / "val" / path.parent.name)
+    def test_goes_on_bit_for_bit(self, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         at_once, twice = tmp_path / "at-once", tmp_path / "twice"
-        whole = self.start("--data", data, "--output", at_once, "--checkpoint-every", 2)
+        whole = self.start("--data", few, "--output", at_once, "--checkpoint-every", 2)
         text, _ = whole.communicate(timeout=180)
         assert whole.returncode == 0, text
         assert "averaged over ranks in each exchange" in text
         assert "a moving average (decay 0.9) of the weights is validated" in text
 
-        options = ["--data", data, "--output", twice, "--checkpoint-every", 2, "--resume", "auto"]
+        options = ["--data", few, "--output", twice, "--checkpoint-every", 2, "--resume", "auto"]
         first = self.start(*options)
         try:
             deadline = time.monotonic() + 120
@@ -516,7 +591,7 @@ class TestKilled:
         best = torch.load(twice / "best.pt", weights_only=True)
         assert best["accuracy"] == max(epoch["accuracy"] for epoch in metrics(twice))
         again = settings("--recipe", twice / "config.yaml", "--evaluate", twice / "best.pt")
-        example("imagenet_validation").evaluate(again, example("imagenet_data").open_images(data))
+        example("imagenet_validation").evaluate(again, example("imagenet_data").open_images(few))
         said = capsys.readouterr().out
         assert f"epoch {best['epoch']}: {round(best['accuracy'] * 80)} of 80 images are right" in said
         for directory in (at_once, twice):  # pytest keeps what is left

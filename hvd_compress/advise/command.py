@@ -178,8 +178,12 @@ def explain(found: Measurements, console: Console) -> None:
         console.print(text, highlight=False)
 
     say(
-        f"[bold]Measured[/bold] between {found.ranks} ranks, {found.ranks_per_node} on each node"
-        + (" (all of them are on this machine; each is taken for a node)" if found.ranks_per_node == 1 else "")
+        f"[bold]Measured[/bold] between {found.ranks} ranks"
+        + (
+            f" on {found.nodes} nodes, {found.ranks_per_node} on each"
+            if found.nodes > 1
+            else ", all of them on this machine: each is taken for a node"
+        )
     )
     say(
         f"• {found.model}: {found.elements:,} gradients in {found.tensors} tensors, {whole / 1e6:,.1f} MB in fp32.\n"

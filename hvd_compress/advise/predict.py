@@ -48,7 +48,8 @@ class Measurements:
     elements: int
     compute: float  # seconds of a step without communication
     ranks: int
-    ranks_per_node: int
+    nodes: int  # that they are on
+    ranks_per_node: int  # on each; 1 if there is one node, whose ranks are taken for a node each
     bandwidth: float  # of Horovod's allreduce: bytes of gradients per second
     latency: float  # of one allreduce, seconds
     overlap: float  # from 0 to 1

@@ -11,6 +11,8 @@ import threading
 import time
 import traceback
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -91,6 +93,7 @@ class _Watcher:
 
     def start(self) -> None:
         """Begin to look."""
+        _be_told_of_the_end()
         self._thread.start()
         _watching.add(self)
         atexit.unregister(
@@ -102,10 +105,10 @@ class _Watcher:
         """This rank comes to no more exchanges: tell the others, who may wait for it."""
         _watching.discard(self)
         self._stopped.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(_ANSWER_SECONDS)
-        if not MPI.Is_finalized() and os.getpid() == self._process:
-            for rank in self._others:
+        if os.getpid() != self._process:
+            return
+        with _mpi() as is_there:
+            for rank in self._others if is_there else ():
                 self._send(rank, _GONE, self._place())
 
     def lingers(self, now: float) -> bool:
@@ -129,10 +132,14 @@ class _Watcher:
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
-            if not MPI.Is_finalized():
-                self._receive()
-                self._look(time.monotonic())
-            elif self.since is not None:  # a Horovod that started MPI ends it as soon as one rank's program ends
+            with _mpi() as is_there:
+                if self._stopped.is_set():
+                    return
+                if is_there:
+                    self._receive()
+                    self._look(time.monotonic())
+            # A Horovod that started MPI ends it as soon as one rank's program ends.
+            if not is_there and self.since is not None:
                 self._say(f"{self._what} {self.done + 1} waits for a rank whose program has ended, and MPI with it")
                 os._exit(1)
 
@@ -221,6 +228,33 @@ def _read(text: bytes) -> dict[str, Any] | None:
 
 
 _watching: set[_Watcher] = set()  # of this process, as are the functions that it calls at its end
+_in_use = threading.RLock()  # MPI; while it is held, MPI does not end
+_ended = threading.Event()
+_attached: list[int] = []
+
+
+@contextmanager
+def _mpi() -> Iterator[bool]:
+    """A context in which MPI does not end; whether it has not done so before."""
+    with _in_use:
+        yield not (_ended.is_set() or MPI.Is_finalized())
+
+
+def _be_told_of_the_end() -> None:
+    """When a thread ends MPI, it waits for those who use it just now, and tells those who come later.
+
+    Horovod's does so on all ranks as soon as the program of one has ended, while others may still look out. To ask
+    whether MPI has ended, and then to use it, would be too late now and then: what MPI_Finalize does first is to drop
+    what is attached to MPI_COMM_SELF (MPI 4.1, 11.2.4).
+    """
+    if not _attached:
+        _attached.append(MPI.Comm.Create_keyval(delete_fn=_at_the_end))
+        MPI.COMM_SELF.Set_attr(_attached[0], True)
+
+
+def _at_the_end(*_: object) -> None:
+    with _in_use:
+        _ended.set()
 
 
 def _end_of_program() -> None:
@@ -231,8 +265,9 @@ def _end_of_program() -> None:
     watchers = list(_watching)
     for watcher in watchers:
         watcher.retire()
-    while watchers and not MPI.Is_finalized():
-        watchers = [watcher for watcher in watchers if watcher.lingers(time.monotonic())]
+    while watchers:
+        with _mpi() as is_there:
+            watchers = [watcher for watcher in watchers if is_there and watcher.lingers(time.monotonic())]
         time.sleep(0.002)
 
 
