@@ -269,9 +269,14 @@ def end_with_its_rank(worker: int) -> None:
 
     Its parent is the fork server, which would live on as long as it does, and mpirun waits for both.
     """
-    rank = multiprocessing.parent_process()
-    if rank is not None:
-        threading.Thread(target=lambda: (rank.join(), os._exit(1)), name="end with its rank", daemon=True).start()
+
+    def watch() -> None:
+        rank = multiprocessing.parent_process()
+        if rank is not None:
+            rank.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, name="end with its rank", daemon=True).start()
 
 
 def loader(dataset: Dataset, workers: int, **options: Any) -> DataLoader:

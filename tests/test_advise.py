@@ -115,9 +115,9 @@ def test_it_says_where_it_was_measured() -> None:
         (replace(FOUND, nodes=1), "Measured between 2 ranks, all of them on this machine: each is taken for a node"),
         (replace(FOUND, ranks=4, ranks_per_node=2), "Measured between 4 ranks on 2 nodes, 2 on each"),
     ):
-        console = Console(file=io.StringIO(), width=110)
-        explain(found, console)
-        assert console.file.getvalue().startswith(expected + "\n")
+        text = io.StringIO()
+        explain(found, Console(file=text, width=110))
+        assert text.getvalue().startswith(expected + "\n")
 
 
 def test_ranks_that_share_a_node() -> None:
