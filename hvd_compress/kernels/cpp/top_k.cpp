@@ -38,19 +38,39 @@ Word magnitude(Word bits) {
 constexpr Index kBlock = 4096;  // elements between two looks at how many were collected
 constexpr Index kOverrun = 16;  // a vector store writes so far beyond what it keeps
 
+// What is selected from: x, or the sum of x and y, which takes the place of x as it is read.
+template <class Word, bool adds>
+struct Vector {
+    Word* x;  // not written to unless it adds
+    const Word* y;
+
+    Vector from(Index at) const { return {x + at, adds ? y + at : nullptr}; }
+};
+
+template <class Word>
+Word sum(Word a, Word b) {
+    using Float = std::conditional_t<sizeof(Word) == 4, float, double>;
+    Float x, y;
+    std::memcpy(&x, &a, sizeof x);
+    std::memcpy(&y, &b, sizeof y);
+    x += y;
+    std::memcpy(&a, &x, sizeof x);
+    return a;
+}
+
 // Elements that may be among the k best: a contiguous part of the tensor, those that reached a threshold.
 template <class Word>
 struct Candidates {
-    Candidates(const Word* part, Index size, Index k)
-        : x(part), length(size), capacity(std::min(size + kBlock, 2 * (k + kBlock))),
+    Candidates(Index begin, Index size, Index k)
+        : first(begin), length(size), capacity(std::min(size + kBlock, 2 * (k + kBlock))),
           bits(new Word[capacity + kOverrun]), place(new Word[capacity + kOverrun]) {}
 
-    const Word* x;
+    Index first;  // of the part
     Index length;
     Index capacity;
     Index count = 0;
     std::unique_ptr<Word[]> bits;   // as they are in x, sign included
-    std::unique_ptr<Word[]> place;  // in x, ascending
+    std::unique_ptr<Word[]> place;  // in the part, ascending
 };
 
 // Appends the elements x[base + i] whose bit i is set. Four at a time and without asking whether there are as many: a
@@ -69,10 +89,13 @@ inline Index append(Word64 found, const Word* x, Index base, Word* bits, Word* p
     return total;
 }
 
-// Appends what reaches the threshold in x[begin, end) to bits and place; returns the new count.
-template <class Word>
-Index collect_portably(const Word* x, Index begin, Index end, Word threshold, Word* bits, Word* place, Index count) {
+// Appends what reaches the threshold in v[begin, end) to bits and place; returns the new count.
+template <class Word, bool adds>
+Index collect_portably(Vector<Word, adds> v, Index begin, Index end, Word threshold, Word* bits, Word* place,
+                       Index count) {
+    Word* const x = v.x;
     for (Index i = begin; i < end; ++i) {
+        if constexpr (adds) x[i] = sum(x[i], v.y[i]);
         bits[count] = x[i];
         place[count] = static_cast<Word>(i);
         count += (x[i] & kNoSign<Word>) >= threshold;
@@ -81,55 +104,70 @@ Index collect_portably(const Word* x, Index begin, Index end, Word threshold, Wo
 }
 
 #ifdef HVD_X86
-__attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(const Word32* x, Index begin, Index end,
+template <bool adds>
+__attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(Vector<Word32, adds> from, Index begin, Index end,
                                                               Word32 threshold, Word32* bits, Word32* place,
                                                               Index count) {
+    Word32* const x = from.x;
     const __m256i no_sign = _mm256_set1_epi32(static_cast<int>(kNoSign<Word32>));
     const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold - 1));  // signed: -1 is below everything
     Index i = begin;
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 8) {
-            const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + j));
+            __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + j));
+            if constexpr (adds) {
+                const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.y + i + j));
+                v = _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(v), _mm256_castsi256_ps(w)));
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i + j), v);
+            }
             const __m256i reaches = _mm256_cmpgt_epi32(_mm256_and_si256(v, no_sign), below);
             found |= Word64(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)) & 0xFF) << j;
         }
         count = append(found, x, i, bits, place, count);
     }
-    return collect_portably(x, i, end, threshold, bits, place, count);
+    return collect_portably(from, i, end, threshold, bits, place, count);
 }
 
-__attribute__((target("avx512f,popcnt,bmi"))) Index collect_avx512(const Word32* x, Index begin, Index end,
+template <bool adds>
+__attribute__((target("avx512f,popcnt,bmi"))) Index collect_avx512(Vector<Word32, adds> from, Index begin, Index end,
                                                                    Word32 threshold, Word32* bits, Word32* place,
                                                                    Index count) {
+    Word32* const x = from.x;
     const __m512i no_sign = _mm512_set1_epi32(static_cast<int>(kNoSign<Word32>));
     const __m512i least = _mm512_set1_epi32(static_cast<int>(threshold));
     Index i = begin;
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 16) {
-            const __m512i v = _mm512_loadu_si512(x + i + j);
+            __m512i v = _mm512_loadu_si512(x + i + j);
+            if constexpr (adds) {
+                const __m512i w = _mm512_loadu_si512(from.y + i + j);
+                v = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(v), _mm512_castsi512_ps(w)));
+                _mm512_storeu_si512(x + i + j, v);
+            }
             found |= Word64{_mm512_cmpge_epu32_mask(_mm512_and_si512(v, no_sign), least)} << j;
         }
         count = append(found, x, i, bits, place, count);
     }
-    return collect_portably(x, i, end, threshold, bits, place, count);
+    return collect_portably(from, i, end, threshold, bits, place, count);
 }
 #endif
 
-template <class Word>
-using Collect = Index (*)(const Word*, Index, Index, Word, Word*, Word*, Index);
+template <class Word, bool adds>
+using Collect = Index (*)(Vector<Word, adds>, Index, Index, Word, Word*, Word*, Index);
 
-Collect<Word32> collect_with(VectorUnit unit, Word32) {
+template <class Word, bool adds>
+Collect<Word, adds> collect_with(VectorUnit unit) {
 #ifdef HVD_X86
-    if (unit == VectorUnit::avx512) return collect_avx512;
-    if (unit == VectorUnit::avx2) return collect_avx2;
+    if constexpr (sizeof(Word) == 4) {
+        if (unit == VectorUnit::avx512) return collect_avx512<adds>;
+        if (unit == VectorUnit::avx2) return collect_avx2<adds>;
+    }
 #endif
     static_cast<void>(unit);
-    return collect_portably<Word32>;
+    return collect_portably<Word, adds>;
 }
-
-Collect<Word64> collect_with(VectorUnit, Word64) { return collect_portably<Word64>; }
 
 template <class Word>
 struct Kth {
@@ -238,48 +276,21 @@ Word keep_best(Candidates<Word>& c, Index k) {
     return kth.value == kInfinity<Word> ? kNoSign<Word> + 1 : kth.value + 1;
 }
 
-// What is selected from: a vector that is there, or the sum of two, which takes the place of the first as it is read.
-template <class Word>
-struct Vector {
-    const Word* x;
-
-    void copy(Index at, Index count, Word* to) const { std::memcpy(to, x + at, count * sizeof(Word)); }
-    void prepare(Index, Index) const {}
-};
-
-template <class Float, class Word>
-struct Sum {
-    Float* x;
-    const Float* y;
-
-    void copy(Index at, Index count, Word* to) const {
-        for (Index i = 0; i < count; ++i) {
-            const Float sum = x[at + i] + y[at + i];
-            std::memcpy(to + i, &sum, sizeof sum);
-        }
-    }
-    void prepare(Index begin, Index end) const {
-        Float* __restrict a = x;
-        const Float* __restrict b = y;
-        for (Index i = begin; i < end; ++i) a[i] += b[i];
-    }
-};
-
-template <class Word, class Source>
-void collect_all(Candidates<Word>& c, Index k, Word threshold, Collect<Word> collect, const Source& source, Index first) {
+template <class Word, bool adds>
+void collect_all(Candidates<Word>& c, Index k, Word threshold, Vector<Word, adds> vector, Collect<Word, adds> collect) {
+    const Vector<Word, adds> part = vector.from(c.first);
     c.count = 0;
     for (Index begin = 0; begin < c.length; begin += kBlock) {
         if (c.count + kBlock > c.capacity) threshold = keep_best(c, k);
         const Index end = std::min(begin + kBlock, c.length);
-        source.prepare(first + begin, first + end);
-        c.count = collect(c.x, begin, end, threshold, c.bits.get(), c.place.get(), c.count);
+        c.count = collect(part, begin, end, threshold, c.bits.get(), c.place.get(), c.count);
     }
 }
 
 // A magnitude that k elements or a few more most likely reach. The sample is made of short runs, which cost one look
 // at memory each, at places without a period, since the elements of a tensor often have one.
-template <class Word, class Source>
-Word likely_threshold(const Source& source, Index d, Index k) {
+template <class Word, bool adds>
+Word likely_threshold(Vector<Word, adds> vector, Index d, Index k) {
     constexpr Index run = 4, most_runs = 1024, one_of = 16;
     const Index runs = std::min(d / (one_of * run), most_runs);
     if (runs < 16) return 0;
@@ -291,42 +302,47 @@ Word likely_threshold(const Source& source, Index d, Index k) {
     for (Index r = 0; r < runs; ++r) {
         const Word64 scattered = (static_cast<Word64>(r) * 0x9E3779B97F4A7C15ull) >> 32;  // in [0, 2^32)
         const Index within = static_cast<Index>((scattered * static_cast<Word64>(stride - run + 1)) >> 32);
-        source.copy(r * stride + within, run, sample + r * run);
+        const Vector<Word, adds> from = vector.from(r * stride + within);
+        for (Index i = 0; i < run; ++i) {
+            if constexpr (adds) {
+                sample[r * run + i] = sum(from.x[i], from.y[i]);
+            } else {
+                sample[r * run + i] = from.x[i];
+            }
+        }
     }
     const Span<Word> span{sample, taken};
     constexpr int precision = sizeof(Word) == 4 ? 16 : 40;  // leaves seven bits of a float's mantissa, or twelve
     return kth_largest(&span, 1, rank, precision).value;
 }
 
-template <class Word, class Source>
-void top_k_of(const Source& source, const Word* x, Index d, Index k, int threads, VectorUnit unit, Index* indices,
-              Word* values) {
-    const Collect<Word> collect = collect_with(unit, Word{});
+template <class Word, bool adds>
+void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUnit unit, Index* indices, Word* values) {
     // Places are of the word's width, so a part has less than 2^31 elements.
     const Index parts = std::max(parts_of(d, threads), (d >> 30) + 1), size = (d + parts - 1) / parts;
     std::vector<Candidates<Word>> candidates;
     candidates.reserve(parts);
-    for (Index begin = 0; begin < d; begin += size) candidates.emplace_back(x + begin, std::min(size, d - begin), k);
+    for (Index begin = 0; begin < d; begin += size) candidates.emplace_back(begin, std::min(size, d - begin), k);
     std::vector<Span<Word>> spans(candidates.size());
     Index total = 0;
-    const auto collect_from = [&](const auto& from, Word threshold) {
+    const auto collect_from = [&](auto from, auto collect, Word threshold) {
         in_parallel(static_cast<Index>(candidates.size()),
-                    [&](Index p) { collect_all(candidates[p], k, threshold, collect, from, p * size); });
+                    [&](Index p) { collect_all(candidates[p], k, threshold, from, collect); });
         total = 0;
         for (std::size_t p = 0; p < candidates.size(); ++p) {
             spans[p] = {candidates[p].bits.get(), candidates[p].count};
             total += candidates[p].count;
         }
     };
-    Word threshold = likely_threshold<Word>(source, d, k);
-    collect_from(source, threshold);
-    if (total < k) collect_from(Vector<Word>{x}, threshold = 0);
+    Word threshold = likely_threshold(vector, d, k);
+    collect_from(vector, collect_with<Word, adds>(unit), threshold);
+    if (total < k) collect_from(Vector<Word, false>{vector.x, nullptr}, collect_with<Word, false>(unit), threshold = 0);
 
     const Kth<Word> kth = threshold ? kth_largest_above(spans, k, threshold) : kth_largest(spans.data(), spans.size(), k);
     Index equals = k - kth.above;
     for (auto& c : candidates) {
         equals = drop_below(c, kth.value, equals);
-        for (Index i = 0; i < c.count; ++i) indices[i] = (c.x - x) + static_cast<Index>(c.place[i]);
+        for (Index i = 0; i < c.count; ++i) indices[i] = c.first + static_cast<Index>(c.place[i]);
         std::copy_n(c.bits.get(), c.count, values);
         indices += c.count;
         values += c.count;
@@ -338,16 +354,16 @@ void top_k_of(const Source& source, const Word* x, Index d, Index k, int threads
 template <class Float>
 void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values) {
     using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
-    const Word* words = reinterpret_cast<const Word*>(x);
-    top_k_of(Vector<Word>{words}, words, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
+    const Vector<Word, false> vector{reinterpret_cast<Word*>(const_cast<Float*>(x)), nullptr};
+    top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
 template <class Float>
 void add_top_k(Float* x, const Float* y, Index d, Index k, int threads, VectorUnit unit, Index* indices,
                Float* values) {
     using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
-    const Word* words = reinterpret_cast<const Word*>(x);
-    top_k_of(Sum<Float, Word>{x, y}, words, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
+    const Vector<Word, true> vector{reinterpret_cast<Word*>(x), reinterpret_cast<const Word*>(y)};
+    top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
 template void top_k(const float*, Index, Index, int, VectorUnit, Index*, float*);
