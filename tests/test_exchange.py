@@ -510,6 +510,22 @@ def test_a_rank_that_does_not_come_ends_the_job(wrong: str, others: str, texts: 
     assert all(text in ended.stdout for text in texts), ended.stdout
 
 
+def test_a_step_that_all_give_up_ends_no_job() -> None:
+    """One of them drops the compressor, the other keeps it for longer than it takes to call that rank gone."""
+    given_up = """
+import os, time
+model(torch.randn(4, 50)).sum().backward()
+if hvd.rank() == 1:
+    compression._reducer._watch = None
+time.sleep(7)
+print('the end', flush=True)
+time.sleep(2)
+os._exit(0)
+"""
+    ended = launch(2, PREAMBLE + given_up)
+    assert ended.stdout.count("the end") == 2, ended.stdout
+
+
 def test_mpi_does_not_end_under_a_rank_that_looks_out() -> None:
     """Horovod's thread ends it on all ranks once rank 1's program has ended, while rank 0 is about to call it."""
     slowly = """

@@ -46,7 +46,7 @@ class Watch:
         self._watcher = _Watcher(communicator.Dup(), timeout, what)
         if communicator.Get_size() > 1:
             self._watcher.start()
-            weakref.finalize(self, self._watcher.retire).atexit = False  # where all of them are seen to together
+            weakref.finalize(self, self._watcher.drop).atexit = False  # where all of them are seen to together
 
     def begin(self) -> None:
         """This rank has come to an exchange; again is as good as once.
@@ -100,6 +100,14 @@ class _Watcher:
             _end_of_program
         )  # it comes before what was registered until now, Horovod's end for instance
         atexit.register(_end_of_program)
+
+    def drop(self) -> None:
+        """The program has no more use for the exchange."""
+        if self.since is None:
+            self.retire()
+        # A step was begun and given up, as it was on the others most likely, some of which may drop it later: to say
+        # that this rank is gone would end the job. It answers until the program ends.
+        self.since = None
 
     def retire(self) -> None:
         """This rank comes to no more exchanges: tell the others, who may wait for it."""
