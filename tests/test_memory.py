@@ -73,6 +73,17 @@ def test_decay_by_hand() -> None:
             Residual(decay=decay)
 
 
+def test_decay_rounds_the_product() -> None:
+    """0.9 · m rounds in float32; a fused multiply-add would leave another number here."""
+    memory, operator = Residual(decay=0.9), TopK(k=1)
+    m = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
+    memory.load_state_dict({"w": m})
+    x, other = memory.compensate("w", -(m * 0.9))
+    assert other is not None
+    operator.add_encode(x, other)
+    assert not x.any()
+
+
 def test_parameters_do_not_mix() -> None:
     memory, operator = Residual(), TopK(k=1)
     for name, x in (("a", [1.0, 2.0]), ("b", [4.0, 3.0])):

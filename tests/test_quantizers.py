@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hvd_compress.kernels import hadamard, random_subset
 from hvd_compress.operators import (
+    CAT,
     QSGD,
     TBQSGD,
     TNQSGD,
@@ -351,6 +352,21 @@ def test_receivers_see_what_the_sender_computes(operator: Operator) -> None:
         assert here.dtype == there.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.equal(here, there)
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("operator", [*EVERY, TopK(ratio=1.0), CAT()], ids=repr)
+def test_add_encode_is_encode_of_the_sum(operator: Operator, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(500, dtype=dtype, generator=generator), torch.randn(500, dtype=dtype, generator=generator)
+    total, addend = x + other, other.clone()
+    message = operator.add_encode(x, other, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(x, total)
+    assert torch.equal(other, addend)
+    expected = operator.encode(total, generator=torch.Generator().manual_seed(1)).to_bytes()
+    assert message.to_bytes() == expected
+    x.fill_(9)  # the memory changes it at once
+    assert message.to_bytes() == expected
 
 
 @pytest.mark.parametrize("operator", EVERY, ids=repr)

@@ -13,6 +13,7 @@ import traceback
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NoReturn
 
 import numpy as np
@@ -105,9 +106,10 @@ class _Watcher:
         """The program has no more use for the exchange."""
         if self.since is None:
             self.retire()
-        # A step was begun and given up, as it was on the others most likely, some of which may drop it later: to say
-        # that this rank is gone would end the job. It answers until the program ends.
-        self.since = None
+        else:
+            # A step was begun and given up, as it was on the others most likely, some of which may drop it later: to
+            # say that this rank is gone would end the job. It answers until the program ends.
+            self.since = None
 
     def retire(self) -> None:
         """This rank comes to no more exchanges: tell the others, who may wait for it."""
@@ -238,7 +240,6 @@ def _read(text: bytes) -> dict[str, Any] | None:
 _watching: set[_Watcher] = set()  # of this process, as are the functions that it calls at its end
 _in_use = threading.RLock()  # MPI; while it is held, MPI does not end
 _ended = threading.Event()
-_attached: list[int] = []
 
 
 @contextmanager
@@ -248,6 +249,7 @@ def _mpi() -> Iterator[bool]:
         yield not (_ended.is_set() or MPI.Is_finalized())
 
 
+@cache
 def _be_told_of_the_end() -> None:
     """When a thread ends MPI, it waits for those who use it just now, and tells those who come later.
 
@@ -255,9 +257,7 @@ def _be_told_of_the_end() -> None:
     whether MPI has ended, and then to use it, would be too late now and then: what MPI_Finalize does first is to drop
     what is attached to MPI_COMM_SELF (MPI 4.1, 11.2.4).
     """
-    if not _attached:
-        _attached.append(MPI.Comm.Create_keyval(delete_fn=_at_the_end))
-        MPI.COMM_SELF.Set_attr(_attached[0], True)
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_at_the_end), True)
 
 
 def _at_the_end(*_: object) -> None:

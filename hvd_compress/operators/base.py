@@ -46,6 +46,8 @@ class Operator(ABC):
     def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """``x += other`` and :meth:`encode` of the sum, which some operators do in one pass over memory.
 
+        A subclass of one of these that changes :meth:`encode` must change this too.
+
         Args:
             x: float32 or float64 ``[d]``, contiguous.
             other: of the same shape, dtype and device; does not overlap ``x``.
