@@ -45,6 +45,10 @@ def numbers(pattern: str, text: str) -> list[float]:
     return [float(number) for number in re.findall(pattern, text)]
 
 
+def test_a_rank_alone_is_told_why_nothing_is_sent() -> None:
+    assert run_example("quickstart.py", []).endswith("nothing sent; on a single rank, Horovod compresses nothing\n")
+
+
 @pytest.mark.ranks(2)
 def test_custom_compressor(world: World) -> None:
     output, silent = world.run(run_example, "custom_compressor.py", shown("custom_compressor.py"))
