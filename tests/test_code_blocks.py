@@ -240,6 +240,16 @@ def test_the_quickstart_learns_and_saves_what_its_page_says(printed: Callable[[s
     assert float(saved) == pytest.approx(float(expected), rel=0.03)  # the weights are random
 
 
+def test_the_table_of_bytes_is_what_its_command_prints(printed: Callable[[str], str]) -> None:
+    section = (ROOT / "docs" / "performance.md").read_text().partition("\n## Bytes\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (.+?) \| ([\d,]+) \| ([\d,]+) \|", section, flags=re.MULTILINE)
+    assert len(rows) > 10
+    of_command = re.findall(
+        r"^│ (.+?) +│ +([\d,]+) │ +([\d,]+) │", printed("docs/performance.md"), flags=re.MULTILINE
+    )
+    assert rows == of_command
+
+
 def test_what_is_left_out_or_changed_is_there() -> None:
     lines = [line.strip() for document in DOCUMENTS for block in blocks(document, "sh") for line in commands(block)]
     for start in NOT_RUN:
