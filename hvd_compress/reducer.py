@@ -361,7 +361,7 @@ def _overflow(called: Sequence[int], arrived: list[_Arrived], gathered: Mapping[
         for rank, packet in zip(called, arrival.packets, strict=True)
         if packet.overflow
     ]
-    if bool(all_finite([m.values.floats for messages in gathered.values() for m in messages])):
+    if all_finite([floats for arrival in arrived for packet in arrival.packets for floats in packet.floats]):
         return elsewhere
     return elsewhere + [
         (rank, name)

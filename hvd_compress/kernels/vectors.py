@@ -14,8 +14,11 @@ from . import native
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether no element is inf or NaN: bool of no dimensions, on the tensor's device."""
     if tensor.is_floating_point() and native.serves(tensor):
-        return torch.tensor(native.is_finite(tensor))
+        return _YES if native.is_finite(tensor) else _NO
     return is_finite_by_torch(tensor)
+
+
+_YES, _NO = torch.tensor(True), torch.tensor(False)  # made once, since it takes longer than many an answer
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:

@@ -74,6 +74,7 @@ class Packet:
     energy: float  # squared norm of what the sender compressed, if its schedule asks for it
     overflow: bool  # whether the sender met inf or NaN in what is not among the messages
     failure: str | None = None  # the sender's error, in place of messages
+    floats: Sequence[Tensor] = ()  # all that the messages hold, in few tensors; of a received packet
 
 
 def encode(
@@ -159,8 +160,9 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu", *, likely: T
     table = likely if likely is not None and is_likely else read_table(body.data, count)
     # Messages have storage of their own, since received buffers are reused; torch takes none that is read-only.
     streams = torch.from_numpy(np.require(body[len(table.data) :], requirements="W")).to(device)
-    messages = list(_decode_streams(table, streams))
-    return Packet(round, [row.id for row in table.rows], messages, energy, bool(flags & _OVERFLOW))
+    messages, floats = _decode_streams(table, streams)
+    ids = [row.id for row in table.rows]
+    return Packet(round, ids, messages, energy, bool(flags & _OVERFLOW), floats=floats)
 
 
 def _on_host(data: Tensor) -> Tensor:
@@ -201,7 +203,8 @@ def _sums(masks: list[Tensor]) -> list[int]:
     return torch.stack([mask.sum() for mask in masks]).tolist() if masks else []
 
 
-def _decode_streams(table: Table, streams: Tensor) -> Iterator[Message]:
+def _decode_streams(table: Table, streams: Tensor) -> tuple[list[Message], list[Tensor]]:
+    """The messages, and all their floats in one tensor for each dtype."""
     sizes = [table.fixed_bytes, sum(table.level_bytes), sum(table.float_bytes)]
     unary_bytes = len(streams) - sum(sizes)
     if unary_bytes < 0:
@@ -209,16 +212,19 @@ def _decode_streams(table: Table, streams: Tensor) -> Iterator[Message]:
     unary, fixed, levels, rest = streams.split([unary_bytes, *sizes])
     counts = [table.rows[place].sent for place in table.coded]
     indices = iter(decode_indices(unary, fixed, table.index_rows).split(counts))
-    floats = _decode_floats(table, rest)
-    for row, packed, numbers in zip(table.rows, levels.split(table.level_bytes), floats, strict=True):
-        values = _decode_values(row, packed, numbers)
+    sections = _decode_floats(table, rest)
+    floats = dict(_shared_out(table, sections))
+    messages = []
+    for place, (row, packed) in enumerate(zip(table.rows, levels.split(table.level_bytes), strict=True)):
+        values = _decode_values(row, packed, floats[place])
         if row.support == DENSE:
-            yield Message(row.shape, None, values)
+            messages.append(Message(row.shape, None, values))
         elif row.support in (SUBSET, BLOCK):
             rule = Subset(row.rule) if row.support == SUBSET else Block(row.rule)
-            yield Message(row.shape, rule.indices(row.numel, row.sent).to(streams.device), values, rule)
+            messages.append(Message(row.shape, rule.indices(row.numel, row.sent).to(streams.device), values, rule))
         else:
-            yield Message(row.shape, next(indices), values)
+            messages.append(Message(row.shape, next(indices), values))
+    return messages, [section for section in sections if section.numel()]
 
 
 def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
@@ -239,12 +245,18 @@ def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
 
 
 def _decode_floats(table: Table, stream: Tensor) -> list[Tensor]:
-    floats: dict[int, Tensor] = {}
+    """For each of DTYPES, all numbers of it."""
+    sections = []
     for dtype, places in zip(DTYPES, table.floats, strict=True):
-        counts = [table.float_counts[place] for place in places]
-        size = sum(counts) * dtype.itemsize
+        size = sum(table.float_bytes[place] for place in places)
         section = stream.new_empty(size)  # of its own, since a section may start at any byte and must be aligned
         section.copy_(stream[:size])
         stream = stream[size:]
-        floats.update(zip(places, section.view(dtype).split(counts), strict=True))
-    return [floats[place] for place in range(len(table.rows))]
+        sections.append(section.view(dtype))
+    return sections
+
+
+def _shared_out(table: Table, sections: list[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The place of each message, and its numbers."""
+    for places, section in zip(table.floats, sections, strict=True):
+        yield from zip(places, section.split([table.float_counts[place] for place in places]), strict=True)
