@@ -144,9 +144,8 @@ class QsparseLocalSGD(Wrapped):
         self._forget_if_due()
         if not self._average.is_open:
             self._average.open(self._statement())
-        moved = {name: start - self._parameters[name].detach() for name, start in self._starts.items()}
         try:
-            averages = self._average(moved, self._steps)
+            averages = self._average(self._moved, self._steps)
         except NonFiniteError:
             self._set_parameters(self._starts)
             self._local_steps = 0
@@ -239,6 +238,10 @@ class QsparseLocalSGD(Wrapped):
         """Take x_0, which is final only now."""
         for name, p in self._parameters.items():
             self._anchors[name].copy_(p.detach())
+
+    def _moved(self, name: str) -> Tensor:
+        """By how much the local steps have moved a parameter, downwards."""
+        return self._starts[name] - self._parameters[name].detach()
 
     def _lead(self, name: str) -> Tensor | None:
         """By how much the next local steps of a parameter start ahead of x_sync; None for nothing.
