@@ -172,7 +172,7 @@ class Reducer(Sender):
     def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
         self._depart_rest(step, overflow_elsewhere)
         departed, self._departed = self._departed, []
-        pending, failure = self._take()
+        pending, _, failure = self._take()
         self._here.clear()
         self._gone.clear()
         try:
@@ -231,7 +231,7 @@ class Reducer(Sender):
     def _depart(self, names: set[str], step: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
         chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
-        messages = [self._pending[name].message for name in chosen]
+        messages = [self._messages.pop(name) for name in chosen]
         device = messages[0].device if messages else torch.device("cpu")
         failure = None if self._failure is None else _story(self._failure)
         own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
@@ -313,12 +313,13 @@ def _travel(
     shares: list[int] = []
     packets: list[wire.Packet] = []
     error: Exception | None = None
+    table: wire.Table | None = None
     try:
         if own.failure is None:
             encoded = wire.encode(
                 own.messages, ids=own.ids, round=own.round, energy=own.energy, overflow=own.overflow
             )
-            buffer, shares = encoded.data, encoded.shares
+            buffer, shares, table = encoded.data, encoded.shares, encoded.table
         else:
             buffer = wire.encode_failure(own.failure, round=own.round)
     except Exception as caught:
@@ -326,7 +327,7 @@ def _travel(
         buffer = wire.encode_failure(_story(caught), round=own.round)
     try:
         for rank, data in zip(called, exchange.allgatherv(buffer, place), strict=True):
-            packets.append(_open(rank, data, device))  # its own too: all ranks judge the same bytes
+            packets.append(_open(rank, data, device, table))  # its own too: all ranks judge the same bytes
     except Exception as caught:
         error = error or caught
     return _Arrived(shares, exchange.sent - sent_before, packets, error)
@@ -336,9 +337,9 @@ def _story(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _open(rank: int, data: Bytes, device: torch.device) -> wire.Packet:
+def _open(rank: int, data: Bytes, device: torch.device, likely: wire.Table | None) -> wire.Packet:
     try:
-        return wire.decode(data, device)
+        return wire.decode(data, device, likely=likely)
     except WireError as error:
         raise WireError(f"from rank {rank}: {error}") from None
 

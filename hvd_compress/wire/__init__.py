@@ -2,6 +2,7 @@
 
 from .message import Block, Message, Subset, add_up
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
+from .table import Table
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Rotated",
     "Subset",
     "Symmetric",
+    "Table",
     "Values",
     "add_up",
     "decode",

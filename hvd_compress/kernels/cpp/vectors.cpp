@@ -30,6 +30,13 @@ bool is_finite(const Float* x, Index n, int threads) {
 }
 
 template <class Float>
+bool all_nonzero(const Float* x, Index n) {
+    bool found = false;
+    for (Index i = 0; i < n; ++i) found |= x[i] == 0;
+    return !found;
+}
+
+template <class Float>
 void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha) {
     const auto size = static_cast<std::uint64_t>(n);
     bool outside = false;
@@ -83,6 +90,8 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
 
 template bool is_finite(const float*, Index, int);
 template bool is_finite(const double*, Index, int);
+template bool all_nonzero(const float*, Index);
+template bool all_nonzero(const double*, Index);
 template void add_at(float*, Index, const Index*, const float*, Index, float);
 template void add_at(double*, Index, const Index*, const double*, Index, double);
 template void sum_at(float*, Index, const std::vector<Part<float>>&, float, int);
