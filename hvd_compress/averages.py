@@ -15,6 +15,7 @@ from .exchanges import reducer
 from .gradient import GradientCompressor
 from .ledger import Ledger
 from .membership import link
+from .reducer import Reduced
 
 
 class CompressedAverage:
@@ -60,6 +61,14 @@ class CompressedAverage:
             PeerError, RankMismatchError, WireError: see :meth:`hvd_compress.reducer.Reducer.reduce`.
             Exception: whatever ``moved`` raised.
         """
+        sums = self._reduce(moved, step, None).sums
+        return {n: sums[n].view(p.shape).to(p.dtype) for n, p in self._parameters.items()}
+
+    def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
+        """Subtract it from ``anchors``, contiguous and by name, in place. After an error they are as they were."""
+        self._reduce(moved, step, {name: anchor.view(-1) for name, anchor in anchors.items()})
+
+    def _reduce(self, moved: Callable[[str], Tensor], step: int, minuends: Mapping[str, Tensor] | None) -> Reduced:
         for name in reversed(self._parameters):  # as buckets depart, so that the first travel while the rest is made
             try:
                 tensor = moved(name)
@@ -67,14 +76,14 @@ class CompressedAverage:
                 self._reducer.let_fail(error)  # the others wait for this rank
                 break
             self._reducer.add(name, tensor)  # at once, while it is in the cache
-        reduced = self._reducer.reduce(step, divisor=self._reducer.size)
+        reduced = self._reducer.reduce(step, divisor=self._reducer.size, minuends=minuends)
         if reduced.overflow:
             where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
             raise NonFiniteError(
                 f"parameters became inf or NaN: {where}. They are back at the last synchronised values; a smaller "
                 "learning rate, a longer warm-up or gradient clipping may help"
             )
-        return {n: reduced.sums[n].view(p.shape).to(p.dtype) for n, p in self._parameters.items()}
+        return reduced
 
     def residual(self, name: str) -> Tensor | None:
         """What this rank has still to send, flat; None for nothing."""
@@ -138,6 +147,11 @@ class HorovodAverage:
             name: self._compression.decompress(average, context)
             for name, average, context in zip(self._names, averages, contexts, strict=True)
         }
+
+    def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
+        """See :meth:`CompressedAverage.subtract`."""
+        for name, average in self(moved, step).items():
+            anchors[name].sub_(average)
 
     def _check(self, step: int) -> None:
         """Every rank raises if ranks are at different steps: then their steps have a variance."""
