@@ -69,7 +69,7 @@ class CompressedAverage:
         self._reduce(moved, step, {name: anchor.view(-1) for name, anchor in anchors.items()})
 
     def _reduce(self, moved: Callable[[str], Tensor], step: int, minuends: Mapping[str, Tensor] | None) -> Reduced:
-        for name in reversed(self._parameters):  # as buckets depart, so that the first travel while the rest is made
+        for name in reversed(list(self._parameters)):  # as buckets depart: the first travel while the rest is made
             try:
                 tensor = moved(name)
             except Exception as error:

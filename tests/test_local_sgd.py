@@ -242,7 +242,10 @@ def subtracts(dtype: torch.dtype, **options: Any) -> None:
     for model, outer in zip(models, (None, lambda x: torch.optim.SGD(x, lr=1.0)), strict=True):
         c = model.get_parameter("c")
         c.data = torch.zeros(5, 4, 3, dtype=dtype).permute(2, 0, 1)  # of other strides than its copies
-        groups = [{"params": [c], "lr": 0.25}, {"params": [p for p in model.parameters() if p is not c]}]
+        groups: list[dict[str, Any]] = [
+            {"params": [c], "lr": 0.25},
+            {"params": [p for p in model.parameters() if p is not c]},
+        ]
         optimizers.append(
             QsparseLocalSGD(
                 torch.optim.SGD(groups, lr=0.5, momentum=0.9),
@@ -271,9 +274,9 @@ def subtracts(dtype: torch.dtype, **options: Any) -> None:
     assert_same(states[0]["anchors"], states[1]["anchors"])
     ours, theirs = (state["average"].get("inner", state["average"])["memory"] for state in states)
     assert_same(ours, theirs)
-    for theirs, ours in itertools.permutations(optimizers):
+    for one, other in itertools.permutations(optimizers):
         with pytest.raises(ValueError, match="outer optimizer"):
-            ours.load_state_dict(theirs.state_dict())
+            one.load_state_dict(other.state_dict())
 
 
 def subtracts_in_all_ways() -> None:
