@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,14 @@ class Reduced:
 
     sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device
     overflow: Overflow  # if there is any, no memory was updated
+
+    def subtracted_from(self, minuends: Mapping[str, Tensor] | None) -> Reduced:
+        """The same with no sums: they are subtracted from ``minuends``, if those are given and nothing overflowed."""
+        if minuends is None or self.overflow:
+            return self
+        for name, total in self.sums.items():
+            minuends[name].sub_(total.to(minuends[name].dtype))
+        return replace(self, sums={})
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,14 @@ class Reducer(Sender):
         self._here.add(name)
         self._depart_early()
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
 
         Args:
@@ -159,6 +174,9 @@ class Reducer(Sender):
             divisor: of the sums; the number of ranks for the average.
             overflow_elsewhere: this rank has met inf or NaN in what it has not added, so that the step is likely to
                 be skipped on all ranks. No memory is updated then.
+            minuends: flat tensors by name, from which the sums are subtracted in place, rather than that they are
+                returned: of sparse messages, this touches only what they are about. With an overflow they are left
+                as they are.
 
         Raises:
             PeerError: another rank failed.
@@ -167,9 +185,11 @@ class Reducer(Sender):
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
         with self._ledger.timed("compress"):
-            return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+            return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere, minuends)
 
-    def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
+    def _reduce(
+        self, step: int, divisor: float, overflow_elsewhere: bool, minuends: Mapping[str, Tensor] | None
+    ) -> Reduced:
         self._depart_rest(step, overflow_elsewhere)
         departed, self._departed = self._departed, []
         pending, _, failure = self._take()
@@ -185,10 +205,15 @@ class Reducer(Sender):
         # In rank order, as the sums: all ranks must come to the same conclusion.
         self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
         free = self._rollback(pending) if overflow else self._commit(pending)
+        if minuends is not None and not overflow and not self._memory.receives:
+            for name, messages in gathered.items():
+                minuend = minuends[name]
+                wire.subtract([message.to(minuend.device) for message in messages], minuend, divisor)
+            return Reduced({}, overflow)
         sums = {}
         for name, p in pending.items():
             sums[name] = self._sum(name, gathered[name], free[name], divisor, p.remembered and not overflow)
-        return Reduced(sums, overflow)
+        return Reduced(sums, overflow).subtracted_from(minuends)
 
     def _sum(self, name: str, messages: list[Message], flat: Tensor, divisor: float, is_received: bool) -> Tensor:
         # In rank order, since floating point addition is not associative and all ranks must get the same bits.

@@ -106,13 +106,21 @@ class ScatteredReducer(Sender):
             self._watch.begin()
         super().add(name, tensor)
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`."""
         assert self._watch is not None, "open() comes first"
         self._watch.begin()
         try:
             with self._ledger.timed("compress"):
-                return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                return reduced.subtracted_from(minuends)
         finally:
             self._watch.end()
 

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,13 @@ from test_wire import reseal, sample
 from torch import Tensor
 
 from hvd_compress import WireError
-from hvd_compress.kernels import add_at, all_finite, all_nonzero, is_finite, native, sum_at
-from hvd_compress.kernels.vectors import add_at_by_torch, is_finite_by_torch, sum_at_by_torch
+from hvd_compress.kernels import add_at, all_finite, all_nonzero, is_finite, native, subtract_at, sum_at
+from hvd_compress.kernels.vectors import (
+    add_at_by_torch,
+    is_finite_by_torch,
+    subtract_at_by_torch,
+    sum_at_by_torch,
+)
 from hvd_compress.operators import QSGD, TopK, compose
 from hvd_compress.operators.topk import top_k
 from hvd_compress.wire import HEADER_BYTES, Message, decode, encode
@@ -170,7 +176,7 @@ def test_add_at(numel: int, data: st.DataObject, dtype: torch.dtype, alpha: floa
     st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.5])), max_size=4),
     st.integers(0, 2**32),
 )
-def test_sum_at(numel: int, dtype: torch.dtype, divisor: float, parts: list[tuple[float, float]], seed: int) -> None:
+def test_sums_at(numel: int, dtype: torch.dtype, divisor: float, parts: list[tuple[float, float]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     indices, values = [], []
     for density, awkward in parts:
@@ -179,6 +185,11 @@ def test_sum_at(numel: int, dtype: torch.dtype, divisor: float, parts: list[tupl
         odd = torch.tensor(AWKWARD, dtype=dtype)[torch.randint(len(AWKWARD), (len(chosen),), generator=generator)]
         indices.append(chosen)
         values.append(torch.where(torch.rand(len(chosen), generator=generator) < awkward, odd, drawn))
+    ours = torch.tensor(AWKWARD, dtype=dtype)[torch.randint(len(AWKWARD), (numel,), generator=generator)]
+    theirs = ours.clone()
+    subtract_at(ours, indices, values, divisor)
+    subtract_at_by_torch(theirs, indices, values, divisor)
+    assert equal(ours, theirs)
     ours, theirs = (torch.full((numel,), math.nan, dtype=dtype) for _ in range(2))
     sum_at(ours, indices, values, divisor)
     sum_at_by_torch(theirs, indices, values, divisor)
@@ -198,11 +209,12 @@ def test_sum_at_of_many_by_several_threads() -> None:
     assert equal(ours, theirs)
 
 
+@pytest.mark.parametrize("loop", [sum_at, subtract_at])
 @pytest.mark.parametrize("places", [[-1, 2], [3, 10], [4, 4], [5, 3]])
-def test_sum_at_of_bad_indices_changes_nothing(places: list[int]) -> None:
+def test_sums_at_bad_indices_change_nothing(loop: Callable[..., None], places: list[int]) -> None:
     flat = torch.arange(10.0)
     with pytest.raises(ValueError, match="strictly ascending and below"):
-        sum_at(flat, [torch.tensor([0, 1]), torch.tensor(places)], [torch.ones(2), torch.ones(2)])
+        loop(flat, [torch.tensor([0, 1]), torch.tensor(places)], [torch.ones(2), torch.ones(2)])
     assert torch.equal(flat, torch.arange(10.0))
 
 

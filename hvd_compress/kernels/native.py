@@ -81,6 +81,11 @@ def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], di
     _native.sum_at(flat.numpy(), places, numbers, divisor, torch.get_num_threads())
 
 
+def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float) -> None:
+    """:func:`.vectors.subtract_at`."""
+    _native.subtract_at(flat.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], divisor)
+
+
 def encode_indices(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """``wire.indices.encode_indices``."""
     unary, fixed, unary_bits = _native.encode_indices([i.numpy() for i in indices], table.numpy())

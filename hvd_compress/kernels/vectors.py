@@ -87,3 +87,24 @@ def sum_at_by_torch(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Te
     for places, numbers in zip(indices, values, strict=True):
         flat.index_add_(0, places, numbers)
     flat.div_(divisor)
+
+
+def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
+    """``flat`` less what :func:`sum_at` would make of the other arguments, in place.
+
+    Raises:
+        ValueError, IndexError: as :func:`sum_at`.
+    """
+    if native.serves(flat, *indices, *values):
+        native.subtract_at(flat, indices, values, divisor)
+    else:
+        subtract_at_by_torch(flat, indices, values, divisor)
+
+
+def subtract_at_by_torch(
+    flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0
+) -> None:
+    """See :func:`subtract_at`."""
+    total = torch.empty_like(flat)
+    sum_at_by_torch(total, indices, values, divisor)
+    flat.sub_(total)

@@ -1,6 +1,6 @@
 """Messages and their bytes. Knows tensors only as numbers, and nothing of MPI."""
 
-from .message import Block, Message, Subset, add_up
+from .message import Block, Message, Subset, add_up, subtract
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
 from .table import Table
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
@@ -25,4 +25,5 @@ __all__ = [
     "decode",
     "encode",
     "encode_failure",
+    "subtract",
 ]

@@ -56,6 +56,10 @@ struct Part {
 template <class Float>
 void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads);
 
+// flat[n] less that sum. Throws as sum_at does.
+template <class Float>
+void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor);
+
 // streams.cpp. One message's place in the index streams; see wire/indices.py.
 struct Row {
     Index count;      // indices

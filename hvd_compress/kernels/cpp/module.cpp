@@ -102,9 +102,7 @@ void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Floa
 }
 
 template <class Float>
-void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values,
-               Float divisor, int threads) {
-    require_vector(flat, "flat");
+std::vector<Part<Float>> parts_of(const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values) {
     require(indices.size() == values.size(), "there must be as many vectors of indices as of values");
     std::vector<Part<Float>> parts;
     for (std::size_t p = 0; p < indices.size(); ++p) {
@@ -113,10 +111,29 @@ void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, con
         require(indices[p].size() == values[p].size(), "indices and values must be of one length");
         parts.push_back({indices[p].data(), values[p].data(), indices[p].size()});
     }
+    return parts;
+}
+
+template <class Float>
+void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values,
+               Float divisor, int threads) {
+    require_vector(flat, "flat");
+    const auto parts = parts_of(indices, values);
     Float* x = flat.mutable_data();
     const Index n = flat.size();
     py::gil_scoped_release released;
     sum_at(x, n, parts, divisor, threads);
+}
+
+template <class Float>
+void subtract_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices,
+                    const std::vector<Array<Float>>& values, Float divisor) {
+    require_vector(flat, "flat");
+    const auto parts = parts_of(indices, values);
+    Float* x = flat.mutable_data();
+    const Index n = flat.size();
+    py::gil_scoped_release released;
+    subtract_at(x, n, parts, divisor);
 }
 
 struct Table {
@@ -234,6 +251,8 @@ void bind_floats(py::module_& module) {
                "alpha"_a);
     module.def("sum_at", &sum_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
                "values"_a.noconvert(), "divisor"_a, "threads"_a);
+    module.def("subtract_at", &subtract_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "divisor"_a);
 }
 
 }  // namespace
