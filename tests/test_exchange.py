@@ -18,6 +18,7 @@ from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchEr
 from hvd_compress.ledger import Ledger
 from hvd_compress.memory import Residual
 from hvd_compress.operators import QSGD, Operator, TopK, compose
+from hvd_compress.pieces import in_buckets
 from hvd_compress.reducer import Reducer
 from hvd_compress.wire import Message
 
@@ -408,7 +409,7 @@ def a_peer_sends_anything(rounds: int) -> list[str]:
         operator=compose(TopK(k=40), QSGD(bits=4, norm="max")),
         memory=Residual(),
         dense_below=10,
-        bucket_cap_mb=0.01,  # two buckets
+        buckets=list(in_buckets(shapes, 0.01)),  # two
         seed=0,
         ledger=Ledger(),
     )
