@@ -123,8 +123,10 @@ class Counting:
             if name in ("Create_group", "Dup", "Split", "Split_type"):
                 return Counting(result, self.counts)
             if name in _SENDING:
-                buffer = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-                self.counts[name] = self.counts.get(name, 0) + np.asarray(buffer).nbytes
+                buffer, *where = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
+                array = np.asarray(buffer)
+                sent = sum(where[0][0]) * array.itemsize if where and isinstance(where[0], tuple) else array.nbytes
+                self.counts[name] = self.counts.get(name, 0) + sent
                 self.calls[name] = self.calls.get(name, 0) + 1
             elif name[0].isupper() and not name.startswith(_SILENT):
                 raise AssertionError(f"{name} is not counted")
