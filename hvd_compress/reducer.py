@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,13 +74,13 @@ class Reducer(Sender):
 
     Args:
         shapes: see :class:`Sender`, as for the other arguments.
-        bucket_cap_mb: a bucket is full when its tensors have so many megabytes (10^6 bytes of float32) or more.
+        buckets: names of the tensors that travel together, in the order in which buckets depart; all of ``shapes``.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], *, bucket_cap_mb: float, **options: Any) -> None:
+    def __init__(self, shapes: Mapping[str, torch.Size], *, buckets: Sequence[Sequence[str]], **options: Any) -> None:
         super().__init__(shapes, **options)
         # Configuration
-        self._buckets = list(_buckets(shapes, bucket_cap_mb))
+        self._buckets = buckets
         # State
         self._exchange: Exchange | HorovodExchange | None = None
         self._watch: Watch | None = None
@@ -315,19 +315,6 @@ class Reducer(Sender):
         kept = max(sum(len(messages[rank].values) for messages in compressed) for rank in range(self.size))
         self._schedule.advance(energy, kept)
         self._awaited = [{*names} & gathered.keys() for names in self._buckets]
-
-
-def _buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[str]]:
-    """Names of neighbours, the last first; at least one bucket, which may be empty."""
-    bucket: list[str] = []
-    size = 0.0
-    for name in reversed(list(shapes)):
-        if size >= cap_mb:
-            yield bucket
-            bucket, size = [], 0.0
-        bucket.append(name)
-        size += shapes[name].numel() * 4 / 1e6
-    yield bucket
 
 
 def _travel(
