@@ -16,6 +16,7 @@ from . import costs, wire
 from .ledger import Ledger
 from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
+from .node import node_of, speed
 from .operators import Operator, working_dtype
 from .reducer import Reduced
 from .schedules import Constant, Plan
@@ -48,7 +49,7 @@ class AutoReducer(Member):
     Args:
         make: the reducer of that name, with ``memory``.
         shapes, operator, memory, dense_below, seed, ledger: see :class:`hvd_compress.sender.Sender`.
-        nodes: see :class:`hvd_compress.hierarchical.HierarchicalReducer`.
+        nodes, node_process_set: see :class:`hvd_compress.hierarchical.HierarchicalReducer`.
         reselect: see :class:`hvd_compress.scattered.ScatteredReducer`.
     """
 
@@ -63,6 +64,7 @@ class AutoReducer(Member):
         seed: int,
         ledger: Ledger,
         nodes: Sequence[int] | None = None,
+        node_process_set: hvd.ProcessSet | None = None,
         reselect: float = 1.0,
     ) -> None:
         # Configuration
@@ -74,6 +76,7 @@ class AutoReducer(Member):
         self._seed = seed
         self._ledger = ledger
         self._nodes = nodes
+        self._node_process_set = node_process_set
         self._reselect = reselect if memory.takes_back else float("inf")
         # State
         self.choice: str | None = None  # once it is made
@@ -100,13 +103,14 @@ class AutoReducer(Member):
         communicator = through_mpi(link, "auto")
         from .exchange import Watch
 
+        by = "MPI" if self._node_process_set is None else "Horovod"
         mine = statement(
             self._shapes,
             self._operator,
             self._memory,
             self._dense_below,
             self._seed,
-            f"exchange auto, nodes={self._nodes}, reselect={self._reselect}, chosen: {self.choice}",
+            f"exchange auto, nodes={self._nodes} summed by {by}, reselect={self._reselect}, chosen: {self.choice}",
             expects,
         )
         private, self._place, sent = meet(communicator, ranks, mine, None, timeout)
@@ -147,10 +151,17 @@ class AutoReducer(Member):
         else:
             self._failure = self._failure or error
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Choose, if that was not done; then see :meth:`hvd_compress.reducer.Reducer.reduce`."""
         chosen = self._chosen or self._begin()
-        return chosen.reduce(step, divisor=divisor, overflow_elsewhere=overflow_elsewhere)
+        return chosen.reduce(step, divisor=divisor, overflow_elsewhere=overflow_elsewhere, minuends=minuends)
 
     def _begin(self) -> Chosen:
         """What was chosen, with all that was added so far."""
@@ -175,11 +186,14 @@ class AutoReducer(Member):
 
         found, sent = topology(self._private, labels_of(self._nodes, self._meeting[1]))
         messages, mine = self._try(pending)
-        links, more = probe(self._private, found)
+        node, agreed = node_of(self._private, found, self._meeting[1], self._node_process_set)
+        like = torch.empty(0, device=next(iter(pending.values())).device if pending else None)
+        links, more = probe(self._private, found, lambda: speed(node, like))
+        self._ledger.shared.node += node.sent
         table = np.empty((self.size, len(mine)), np.float64)
         self._private.Allgather(np.array(mine), table)
         union, most = self._union(messages)
-        self._ledger.shared.mpi += sent + more + 8 * len(mine) + most
+        self._ledger.shared.mpi += sent + agreed + more + 8 * len(mine) + most
         select, pack, opening, packet, message, elements, dense, _ = table.max(axis=0)
         work = costs.Work(
             elements=int(elements),

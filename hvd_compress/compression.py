@@ -393,6 +393,7 @@ class Compression(hvd.Compression):
         grad_scaler: torch.amp.GradScaler | None = None,
         exchange: str = "allgather",
         nodes: Sequence[int] | None = None,
+        node_process_set: hvd.ProcessSet | None = None,
         reselect: float = 1.0,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
@@ -424,6 +425,8 @@ class Compression(hvd.Compression):
                 which one suits which cluster.
             nodes: on which node each of Horovod's ranks is, for the exchanges that make use of it: a number for each
                 rank, equal for those that share a node. MPI knows, so this is for tests, or to divide large nodes.
+            node_process_set: of the ranks on this rank's node, :func:`hvd_compress.node_process_set`. Within nodes
+                Horovod then sums, on GPUs by NCCL if it has that; else MPI does, through host memory.
             reselect: with ``"reduce_scatter"``, how many elements the sum may have, as a multiple of what one rank
                 sends on average; what is left out is remembered by the rank that summed it. ``math.inf`` leaves
                 nothing out; without ``memory="residual"`` nothing ever is.
@@ -448,6 +451,7 @@ class Compression(hvd.Compression):
             grad_scaler=grad_scaler,
             exchange=exchange,
             nodes=nodes,
+            node_process_set=node_process_set,
             reselect=reselect,
         )
         return GradientCompressor(settings, named_parameters)

@@ -10,6 +10,7 @@ import torch
 from .auto import AutoReducer
 from .hierarchical import HierarchicalReducer
 from .ledger import Ledger
+from .pieces import in_buckets
 from .reducer import Reducer
 from .scattered import ScatteredReducer
 from .settings import Settings
@@ -28,13 +29,16 @@ def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], le
         "ledger": ledger,
     }
 
+    buckets = list(in_buckets(shapes, settings.bucket_cap_mb))
+    nodes: dict[str, Any] = {"nodes": settings.nodes, "node_process_set": settings.node_process_set}
+
     def make(exchange: str) -> Reducer | HierarchicalReducer | ScatteredReducer:
         if exchange == "hierarchical":
-            return HierarchicalReducer(shapes, **options, bucket_cap_mb=settings.bucket_cap_mb, nodes=settings.nodes)
+            return HierarchicalReducer(shapes, **options, **nodes, buckets=buckets)
         if exchange == "reduce_scatter":
             return ScatteredReducer(shapes, **options, reselect=settings.reselect)
-        return Reducer(shapes, **options, bucket_cap_mb=settings.bucket_cap_mb)
+        return Reducer(shapes, **options, buckets=buckets)
 
     if settings.exchange == "auto":
-        return AutoReducer(make, shapes, **options, nodes=settings.nodes, reselect=settings.reselect)
+        return AutoReducer(make, shapes, **options, **nodes, reselect=settings.reselect)
     return make(settings.exchange)

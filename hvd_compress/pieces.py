@@ -1,9 +1,11 @@
-"""Dividing the concatenation of all tensors among ranks."""
+"""Dividing tensors: into buckets, and their concatenation among ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,21 @@ def cut(sizes: Mapping[str, int], ends: Sequence[int]) -> list[list[Piece]]:
             start = stop
         offset += size
     return parts
+
+
+def in_buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[str]]:
+    """Names of neighbours, the last first, as a backward pass makes gradients; at least one bucket, maybe empty.
+
+    Args:
+        shapes: of each tensor.
+        cap_mb: a bucket is full when its tensors have so many megabytes (10^6 bytes of float32) or more.
+    """
+    bucket: list[str] = []
+    size = 0.0
+    for name in reversed(list(shapes)):
+        if size >= cap_mb:
+            yield bucket
+            bucket, size = [], 0.0
+        bucket.append(name)
+        size += shapes[name].numel() * 4 / 1e6
+    yield bucket

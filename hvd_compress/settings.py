@@ -36,6 +36,7 @@ class Settings:
     grad_scaler: torch.amp.GradScaler | None = None
     exchange: str = "allgather"
     nodes: Sequence[int] | None = None
+    node_process_set: hvd.ProcessSet | None = None
     reselect: float = 1.0
 
     def __post_init__(self) -> None:
@@ -51,5 +52,7 @@ class Settings:
             raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}")
         if self.nodes is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in self.nodes):
             raise TypeError(f"nodes must be an integer for each rank, got {self.nodes!r}")
+        if self.node_process_set is not None and not isinstance(self.node_process_set, hvd.ProcessSet):
+            raise TypeError(f"node_process_set must be one of Horovod's, got {self.node_process_set!r}")
         if not self.reselect > 0:
             raise ValueError(f"reselect must be positive, got {self.reselect!r}")

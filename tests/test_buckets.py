@@ -16,6 +16,7 @@ from hvd_compress import Compression, PeerError, QsparseLocalSGD
 from hvd_compress.ledger import Ledger
 from hvd_compress.memory import Residual
 from hvd_compress.operators import TopK
+from hvd_compress.pieces import in_buckets
 from hvd_compress.reducer import Reducer
 
 SHAPES = {f"w{i}": (10 + 3 * i, 4) for i in range(7)}
@@ -25,12 +26,13 @@ TINY = 1e-9  # megabytes: a bucket for each tensor
 def reducer(cap: float) -> Reducer:
     from mpi4py import MPI
 
+    shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
     made = Reducer(
-        {name: torch.Size(shape) for name, shape in SHAPES.items()},
+        shapes,
         operator=TopK(k=5),
         memory=Residual(),
         dense_below=0,
-        bucket_cap_mb=cap,
+        buckets=list(in_buckets(shapes, cap)),
         seed=0,
         ledger=Ledger(),
     )
@@ -43,14 +45,12 @@ def tensor(name: str, step: int) -> torch.Tensor:
 
 
 def test_neighbours_share_a_bucket_until_it_is_full() -> None:
-    from hvd_compress.reducer import _buckets
-
     shapes = {name: torch.Size([250_000 * size]) for name, size in (("a", 1), ("b", 3), ("c", 2), ("d", 1))}
-    assert list(_buckets(shapes, 3.0)) == [["d", "c"], ["b"], ["a"]]  # megabytes: 1 + 2, 3, 1
-    assert list(_buckets(shapes, 3.5)) == [["d", "c", "b"], ["a"]]
-    assert list(_buckets(shapes, 100.0)) == [["d", "c", "b", "a"]]
-    assert list(_buckets(shapes, TINY)) == [["d"], ["c"], ["b"], ["a"]]
-    assert list(_buckets({}, 1.0)) == [[]]
+    assert list(in_buckets(shapes, 3.0)) == [["d", "c"], ["b"], ["a"]]  # megabytes: 1 + 2, 3, 1
+    assert list(in_buckets(shapes, 3.5)) == [["d", "c", "b"], ["a"]]
+    assert list(in_buckets(shapes, 100.0)) == [["d", "c", "b", "a"]]
+    assert list(in_buckets(shapes, TINY)) == [["d"], ["c"], ["b"], ["a"]]
+    assert list(in_buckets({}, 1.0)) == [[]]
 
 
 # The same bits, however tensors are put together and in whatever order they come

@@ -18,6 +18,7 @@ from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchEr
 from hvd_compress.ledger import Ledger
 from hvd_compress.memory import Residual
 from hvd_compress.operators import QSGD, Operator, TopK, compose
+from hvd_compress.pieces import in_buckets
 from hvd_compress.reducer import Reducer
 from hvd_compress.wire import Message
 
@@ -122,8 +123,10 @@ class Counting:
             if name in ("Create_group", "Dup", "Split", "Split_type"):
                 return Counting(result, self.counts)
             if name in _SENDING:
-                buffer = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
-                self.counts[name] = self.counts.get(name, 0) + np.asarray(buffer).nbytes
+                buffer, *where = arguments[0] if isinstance(arguments[0], list) else [arguments[0]]
+                array = np.asarray(buffer)
+                sent = sum(where[0][0]) * array.itemsize if where and isinstance(where[0], tuple) else array.nbytes
+                self.counts[name] = self.counts.get(name, 0) + sent
                 self.calls[name] = self.calls.get(name, 0) + 1
             elif name[0].isupper() and not name.startswith(_SILENT):
                 raise AssertionError(f"{name} is not counted")
@@ -408,7 +411,7 @@ def a_peer_sends_anything(rounds: int) -> list[str]:
         operator=compose(TopK(k=40), QSGD(bits=4, norm="max")),
         memory=Residual(),
         dense_below=10,
-        bucket_cap_mb=0.01,  # two buckets
+        buckets=list(in_buckets(shapes, 0.01)),  # two
         seed=0,
         ledger=Ledger(),
     )

@@ -17,6 +17,7 @@ from ..compression import Compression
 from ..gradient import GradientCompressor
 from ..ledger import Ledger
 from ..operators import Operator
+from ..pieces import in_buckets
 from ..reducer import Reducer
 from ..wire import Message
 from .predict import BACKWARD, Candidate, Measurements
@@ -188,12 +189,13 @@ def _reduce(compression: GradientCompressor, gradients: Mapping[str, Tensor]) ->
     from mpi4py import MPI
 
     settings, ledger = compression.settings, Ledger()
+    shapes = {name: g.shape for name, g in gradients.items()}
     reducer = Reducer(
-        {name: g.shape for name, g in gradients.items()},
+        shapes,
         operator=settings.operator,
         memory=settings.memory(),
         dense_below=settings.dense_below,
-        bucket_cap_mb=settings.bucket_cap_mb,
+        buckets=list(in_buckets(shapes, settings.bucket_cap_mb)),
         seed=settings.seed,
         ledger=ledger,
     )

@@ -2,7 +2,6 @@
 
 from .communicator import abort_on_uncaught_exception, check_world
 from .gather import Exchange
-from .node import Node
 from .probe import probe, union
 from .rendezvous import rendezvous
 from .scatter import Scatter
@@ -12,7 +11,6 @@ from .watch import Watch
 
 __all__ = [
     "Exchange",
-    "Node",
     "Scatter",
     "Service",
     "Topology",

@@ -3,58 +3,42 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 from mpi4py import MPI
 
-from .node import Node
 from .topology import Topology
 
 _LARGE = 1 << 20  # bytes
 _TIMES = 5
-_ELEMENTS = 1 << 18  # that the ranks of a node sum
 
 Measured = tuple[float, float]  # seconds for an empty message, bytes per second
 
 
-def probe(communicator: MPI.Intracomm, topology: Topology) -> tuple[tuple[Measured, Measured], int]:
+def probe(
+    communicator: MPI.Intracomm, topology: Topology, within: Callable[[], Measured]
+) -> tuple[tuple[Measured, Measured], int]:
     """Latency and bandwidth between the first ranks of two nodes, and within a node. Collective; takes milliseconds.
 
-    Within a node it is the bandwidth of dense sums, of the bytes that each rank hands over, by all nodes at once.
+    Args:
+        communicator: of all ranks.
+        topology: which of them share a node.
+        within: measures in this rank's node, while all nodes do.
 
     Returns:
-        The two, the same on every rank, and the bytes that this one has handed to MPI; a link that does not exist is
-        infinitely fast.
+        The two, the slowest of any rank's, the same on every rank, and the bytes that this one has handed to MPI; a
+        link that does not exist is infinitely fast.
     """
     rank = communicator.Get_rank()
     sent = 0
-    between = within = (0.0, float("inf"))
+    between = (0.0, float("inf"))
     if len(topology.nodes) > 1:
         pair = [node[0] for node in topology.nodes[:2]]
         if rank in pair:
             between, sent = _ping_pong(communicator, pair)
-    number, _ = topology.place(rank)
-    together = topology.nodes[number]
     communicator.Barrier()
-    if len(together) > 1:
-        private = communicator.Create_group(communicator.Get_group().Incl(together))
-        node = Node(private)
-        parts = [[np.zeros(_ELEMENTS // len(together), np.float32)] for _ in together]
-        small: list[list[np.ndarray]] = [[np.zeros(1, np.float32)] for _ in together]
-        node.sum_at_owners(parts)  # makes buffers, and connections
-        seconds = []
-        for vectors in (small, parts):
-            private.Barrier()
-            start = time.perf_counter()
-            before = node.sent
-            node.sum_at_owners(vectors)
-            node.share(vectors)
-            seconds.append(time.perf_counter() - start)
-        latency = seconds[0] / (4 * max(1, len(together) - 1))
-        within = (latency, (node.sent - before) / max(seconds[1] - seconds[0], 1e-9))
-        sent += node.sent
-        private.Free()
-    mine = np.array([*between, *within])
+    mine = np.array([*between, *within()])
     table = np.empty((communicator.Get_size(), 4))
     communicator.Allgather(mine, table)
     slowest = (table[:, 0].max(), table[:, 1].min(), table[:, 2].max(), table[:, 3].min())
