@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from .exchange import Topology
 
 _MEASURED = 1 << 20  # elements
+_PAUSE = 5e-5  # seconds between two looks at messages
 
 Parts = Sequence[Sequence[Tensor]]  # for each of the first ranks, the vectors that it owns
 
@@ -118,26 +119,36 @@ class MpiNode(Node):
 
     def _sum(self, rows: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         counts = [*lengths, *[0] * (self.size - len(lengths))]
-        mine = counts[self.rank]
-        counts[self.rank] = 0
-        received = torch.empty((self.size, mine), dtype=rows.dtype)
-        expected = [0 if rank == self.rank else mine for rank in range(self.size)]
-        self._communicator.Alltoallv(
-            [rows.view(-1).numpy(), (counts, [owner * rows.shape[1] for owner in range(self.size)])],
-            [received.view(-1).numpy(), (expected, [rank * mine for rank in range(self.size)])],
-        )
-        self.sent += sum(counts) * rows.element_size()
-        received[self.rank] = rows[self.rank, :mine]
+        received = torch.empty((self.size, counts[self.rank]), dtype=rows.dtype)
+        received[self.rank] = rows[self.rank, : counts[self.rank]]
+        self._swap([row[:count] for row, count in zip(rows, counts, strict=True)], list(received))
         for row in received[1:]:
             received[0] += row
         return received[0]
 
     def _gather(self, mine: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         gathered = torch.empty(sum(lengths), dtype=mine.dtype)
-        starts = [0, *np.cumsum(lengths)[:-1].tolist()]
-        self._communicator.Allgatherv(mine.numpy(), [gathered.numpy(), (lengths, starts)])
-        self.sent += mine.nbytes
+        parts = gathered.split(list(lengths))
+        parts[self.rank].copy_(mine)
+        self._swap([mine] * self.size, parts)
         return gathered
+
+    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        """Send each other rank its buffer, and receive one from it; of empty ones neither.
+
+        It is called beside other threads that wait in MPI, so it only looks, and lets go of Python's lock in between.
+        Open MPI's blocking collectives hung or crashed here once in some hundred exchanges on a busy machine.
+        """
+        others = [(self.rank + shift) % self.size for shift in range(1, self.size)]
+        requests = [
+            self._communicator.Irecv(incoming[rank].numpy(), source=rank) for rank in others if len(incoming[rank])
+        ]
+        for rank in others:
+            if len(outgoing[rank]):
+                requests.append(self._communicator.Isend(outgoing[rank].numpy(), dest=rank))
+                self.sent += outgoing[rank].nbytes
+        while requests := [request for request in requests if not request.Test()]:
+            time.sleep(_PAUSE)
 
 
 class HorovodNode(Node):
