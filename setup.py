@@ -59,7 +59,7 @@ setup(
             "webdataset",
         ],
         "slurm": ["cloudpickle", "matplotlib", "pyyaml", "submitit>=1.5"],
-        "test": ["hypothesis", "mypy", "pytest", "ruff", "types-pyyaml", "types-tqdm"],
+        "test": ["hypothesis", "markdown-it-py", "mypy", "pytest", "ruff", "types-pyyaml", "types-tqdm"],
         "docs": ["furo", "myst-parser", "sphinx", "sphinx-copybutton"],
     },
 )

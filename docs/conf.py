@@ -15,6 +15,7 @@ autodoc_default_options = {"members": True}
 napoleon_numpy_docstring = False
 add_module_names = False
 
+pygments_style = "tango"  # in which the lines of a diff have colours
 html_theme = "furo"
 html_title = "hvd_compress"
 html_static_path = ["_static"]

@@ -151,10 +151,17 @@ class AutoReducer(Member):
         else:
             self._failure = self._failure or error
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Choose, if that was not done; then see :meth:`hvd_compress.reducer.Reducer.reduce`."""
         chosen = self._chosen or self._begin()
-        return chosen.reduce(step, divisor=divisor, overflow_elsewhere=overflow_elsewhere)
+        return chosen.reduce(step, divisor=divisor, overflow_elsewhere=overflow_elsewhere, minuends=minuends)
 
     def _begin(self) -> Chosen:
         """What was chosen, with all that was added so far."""

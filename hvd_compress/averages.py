@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import horovod.torch as hvd
@@ -15,6 +15,7 @@ from .exchanges import reducer
 from .gradient import GradientCompressor
 from .ledger import Ledger
 from .membership import link
+from .reducer import Reduced
 
 
 class CompressedAverage:
@@ -32,6 +33,7 @@ class CompressedAverage:
         self.ledger = Ledger()
         self._settings = settings
         self._process_set = process_set or settings.process_set
+        self._parameters = parameters
         self._reducer = reducer(settings, parameters, self.ledger)
 
     def __repr__(self) -> str:
@@ -51,23 +53,37 @@ class CompressedAverage:
         """Forget the other ranks; see :meth:`hvd_compress.reducer.Reducer.leave`."""
         self._reducer.leave()
 
-    def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The mean of ``moved`` over ranks, whose tensors are given up.
+    def __call__(self, moved: Callable[[str], Tensor], step: int) -> dict[str, Tensor]:
+        """The mean over ranks of what ``moved`` says of each parameter, in a tensor that is given up.
 
         Raises:
             NonFiniteError: inf or NaN on some rank; every rank raises.
             PeerError, RankMismatchError, WireError: see :meth:`hvd_compress.reducer.Reducer.reduce`.
+            Exception: whatever ``moved`` raised.
         """
-        for name, tensor in moved.items():
-            self._reducer.add(name, tensor)
-        reduced = self._reducer.reduce(step, divisor=self._reducer.size)
+        sums = self._reduce(moved, step, None).sums
+        return {n: sums[n].view(p.shape).to(p.dtype) for n, p in self._parameters.items()}
+
+    def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
+        """Subtract it from ``anchors``, contiguous and by name, in place. After an error they are as they were."""
+        self._reduce(moved, step, {name: anchor.view(-1) for name, anchor in anchors.items()})
+
+    def _reduce(self, moved: Callable[[str], Tensor], step: int, minuends: Mapping[str, Tensor] | None) -> Reduced:
+        for name in reversed(list(self._parameters)):  # as buckets depart: the first travel while the rest is made
+            try:
+                tensor = moved(name)
+            except Exception as error:
+                self._reducer.let_fail(error)  # the others wait for this rank
+                break
+            self._reducer.add(name, tensor)  # at once, while it is in the cache
+        reduced = self._reducer.reduce(step, divisor=self._reducer.size, minuends=minuends)
         if reduced.overflow:
             where = ", ".join(f"{name} on rank {rank}" for rank, name in reduced.overflow[:5])
             raise NonFiniteError(
                 f"parameters became inf or NaN: {where}. They are back at the last synchronised values; a smaller "
                 "learning rate, a longer warm-up or gradient clipping may help"
             )
-        return {n: reduced.sums[n].view(t.shape).to(t.dtype) for n, t in moved.items()}
+        return reduced
 
     def residual(self, name: str) -> Tensor | None:
         """What this rank has still to send, flat; None for nothing."""
@@ -89,8 +105,14 @@ class CompressedAverage:
 class HorovodAverage:
     """The average over ranks by Horovod's allreduce: nothing is left out, so there is no memory."""
 
-    def __init__(self, compression: type[Compressor], process_set: hvd.ProcessSet | None) -> None:
+    def __init__(
+        self,
+        compression: type[Compressor],
+        process_set: hvd.ProcessSet | None,
+        parameters: Mapping[str, torch.nn.Parameter],
+    ) -> None:
         self.ledger = Ledger()
+        self._names = list(parameters)
         self._compression = compression
         self._process_set = process_set or hvd.global_process_set
 
@@ -105,15 +127,16 @@ class HorovodAverage:
     def leave(self) -> None:
         """Nothing to do."""
 
-    def __call__(self, moved: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The mean of ``moved`` over ranks.
+    def __call__(self, moved: Callable[[str], Tensor], step: int) -> dict[str, Tensor]:
+        """See :meth:`CompressedAverage.__call__`.
 
         Raises:
             RankMismatchError: ranks are at different steps; every rank raises.
         """
         self._check(step)
-        compressed, contexts = zip(*(self._compression.compress(t.contiguous()) for t in moved.values()), strict=True)
-        for name, tensor in zip(moved, compressed, strict=True):
+        tensors = [moved(name).contiguous() for name in self._names]
+        compressed, contexts = zip(*map(self._compression.compress, tensors), strict=True)
+        for name, tensor in zip(self._names, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1
         with self.ledger.timed("exchange"):
@@ -122,8 +145,13 @@ class HorovodAverage:
             )
         return {
             name: self._compression.decompress(average, context)
-            for name, average, context in zip(moved, averages, contexts, strict=True)
+            for name, average, context in zip(self._names, averages, contexts, strict=True)
         }
+
+    def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
+        """See :meth:`CompressedAverage.subtract`."""
+        for name, average in self(moved, step).items():
+            anchors[name].sub_(average)
 
     def _check(self, step: int) -> None:
         """Every rank raises if ranks are at different steps: then their steps have a variance."""
@@ -172,5 +200,5 @@ def averager(
     if isinstance(compression, GradientCompressor):
         return CompressedAverage(compression, process_set, parameters)
     if compression is hvd.Compression.none or compression is hvd.Compression.fp16:
-        return HorovodAverage(compression, process_set)
+        return HorovodAverage(compression, process_set, parameters)
     raise TypeError(f"compression must be Compression.none, .fp16 or made by Compression.…, got {compression!r}")

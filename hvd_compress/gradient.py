@@ -64,6 +64,7 @@ class GradientCompressor(Compressor):
         self._submitted: set[str] = set()  # since the last decompress
         self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
+        self._tickets: dict[torch.device, Tensor] = {}  # as all of a device begin
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._dense_finite: list[Tensor] = []  # of gradients left to Horovod: bool of no dimensions each
         self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
@@ -143,6 +144,7 @@ class GradientCompressor(Compressor):
     def leave(self) -> None:
         """Forget the other ranks, and a step that was begun: the number of ranks is about to change."""
         self._forget_step()
+        self._tickets.clear()  # this may become another rank
         self._bound().leave()
 
     def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
@@ -168,9 +170,15 @@ class GradientCompressor(Compressor):
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
         else:
             reducer.add(name, tensor)
-        ticket = torch.tensor([1.0, float(reducer.rank == 0)], device=tensor.device)
+        ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
+
+    def _ticket(self, device: torch.device) -> Tensor:
+        """One on each rank, and one on the first rank only: what becomes of them tells Horovod's operation."""
+        if device not in self._tickets:
+            self._tickets[device] = torch.tensor([1.0, float(self._bound().rank == 0)], device=device)
+        return self._tickets[device].clone()
 
     def _bound(self) -> AnyReducer:
         if self._reducer is None:
@@ -208,7 +216,6 @@ class GradientCompressor(Compressor):
 
     def _exchange(self, ticket: Tensor) -> None:
         reducer = self._bound()
-        # One on each rank, and one on the first rank only: what became of them tells Horovod's operation.
         size = reducer.size
         is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
         if not is_average and not is_sum:

@@ -265,7 +265,14 @@ class HierarchicalReducer(Member):
         """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
         self._failure = self._failure or error
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`.
 
         An overflow is blamed on the rank that owns the shard on the node where it was met, whichever of the node's
@@ -275,7 +282,8 @@ class HierarchicalReducer(Member):
         self._watch.begin()
         try:
             with self._ledger.timed("exchange"):
-                return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                return reduced.subtracted_from(minuends)
         finally:
             sent = self._node.sent + self._status.sent
             self._ledger.shared.node += sent - self._counted

@@ -19,6 +19,8 @@ class Traffic:
     node: int = 0  # in buffers given to either for ranks of this rank's node only, by a hierarchical exchange
 
     def __str__(self) -> str:
+        if not (self.sent or self.node):
+            return "nothing sent; on a single rank, Horovod compresses nothing"
         times = f"{self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
         within = f", and {self.node / 1e6:.2f} MB more within the node" if self.node else ""
         return f"{self.sent / 1e6:.2f} MB sent, {times}{within}"

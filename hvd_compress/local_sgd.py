@@ -20,11 +20,6 @@ from .wrapped import Wrapped, checksum
 STATE_KEY = "qsparse_local_sgd"
 
 
-def subtract(anchors: list[Tensor]) -> torch.optim.Optimizer:
-    """The outer optimizer of the paper: the average is subtracted as it is."""
-    return torch.optim.SGD(anchors, lr=1.0)
-
-
 class QsparseLocalSGD(Wrapped):
     """Synchronous Qsparse-local-SGD around any torch optimizer (arXiv 1906.02367, Algorithm 1).
 
@@ -50,7 +45,8 @@ class QsparseLocalSGD(Wrapped):
             :func:`post_local` and :func:`sync_at`. After the last step call :meth:`synchronize`.
         outer: makes the optimizer of x_sync, to which the average is the gradient; called with copies of the
             parameters. DiLoCo (arXiv 2311.08105) and SparseLoCo take
-            ``lambda x: torch.optim.SGD(x, lr=0.7, momentum=0.9, nesterov=True)``. It is :attr:`outer`.
+            ``lambda x: torch.optim.SGD(x, lr=0.7, momentum=0.9, nesterov=True)``. It is :attr:`outer`. None for the
+            paper's: the average is subtracted as it is.
         look_ahead: λ of DEF (arXiv 2004.05298), "detach coefficient": local steps start at x_sync − λ m instead of
             x_sync, nearer to where the model will be once the memory has been sent. 0.3 is that paper's, 1 is
             step-ahead error feedback (SAEF). Evaluate and save within :meth:`evaluation`, then. With
@@ -71,7 +67,7 @@ class QsparseLocalSGD(Wrapped):
         named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
         compression: type[Compressor] | GradientCompressor = hvd.Compression.none,
         sync_every: int | Callable[[int], bool] = 1,
-        outer: Callable[[list[Tensor]], torch.optim.Optimizer] = subtract,
+        outer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
         look_ahead: float = 0.0,
         forget_at_drop: float | None = None,
         process_set: hvd.ProcessSet | None = None,
@@ -91,9 +87,11 @@ class QsparseLocalSGD(Wrapped):
         if look_ahead and compression not in (hvd.Compression.none, hvd.Compression.fp16):
             self._average.residual("")  # complains of a memory that is no residual
         # State
-        self._anchors = {name: p.detach().clone() for name, p in self._parameters.items()}  # x_sync
+        self._anchors = {  # x_sync, as contiguous copies
+            name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self._parameters.items()
+        }
         self._starts = dict(self._anchors)  # where the local steps began: the same tensors, unless looked ahead
-        self.outer = outer(list(self._anchors.values()))
+        self.outer = None if outer is None else outer(list(self._anchors.values()))
         self._local_steps = 0  # since the last exchange
         self._steps = 0  # in all
         self._lr: float | None = None  # largest of the groups', at the last exchange
@@ -144,20 +142,14 @@ class QsparseLocalSGD(Wrapped):
         self._forget_if_due()
         if not self._average.is_open:
             self._average.open(self._statement())
-        moved = {name: start - self._parameters[name].detach() for name, start in self._starts.items()}
         try:
-            averages = self._average(moved, self._steps)
+            self._move_anchors()
         except NonFiniteError:
             self._set_parameters(self._starts)
             self._local_steps = 0
             raise
-        leads = {name: self._lead(name) for name in self._anchors}
         for name, anchor in self._anchors.items():
-            anchor.grad = averages[name]
-        self.outer.step()
-        self.outer.zero_grad(set_to_none=True)
-        for name, anchor in self._anchors.items():
-            lead = leads[name]
+            lead = self._lead(name)
             self._starts[name] = anchor if lead is None else anchor - lead.to(anchor)
         self._set_parameters(self._starts)
         self._local_steps = 0
@@ -196,7 +188,7 @@ class QsparseLocalSGD(Wrapped):
             "lr": self._lr,
             "anchors": {name: anchor.clone() for name, anchor in self._anchors.items()} if self._steps else None,
             "starts": {name: start for name, start in self._starts.items() if start is not self._anchors[name]},
-            "outer": self.outer.state_dict(),
+            "outer": None if self.outer is None else self.outer.state_dict(),
             "average": self._average.state_dict(),
         }
         return {**self.optimizer.state_dict(), STATE_KEY: own}
@@ -224,9 +216,12 @@ class QsparseLocalSGD(Wrapped):
             wrong |= saved.keys() ^ self._anchors.keys()
             if wrong:
                 raise ValueError(f"the state is of another model; these do not match: {', '.join(sorted(wrong))}")
+        if (own["outer"] is None) != (self.outer is None):
+            raise ValueError(f"the state was saved with{'out' if own['outer'] is None else ''} an outer optimizer")
         self._average.load_state_dict(own["average"])
         self.optimizer.load_state_dict(state)
-        self.outer.load_state_dict(own["outer"])
+        if self.outer is not None:
+            self.outer.load_state_dict(own["outer"])
         for name, anchor in self._anchors.items() if saved is not None else ():
             anchor.copy_(saved[name])
         starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}
@@ -239,6 +234,22 @@ class QsparseLocalSGD(Wrapped):
         """Take x_0, which is final only now."""
         for name, p in self._parameters.items():
             self._anchors[name].copy_(p.detach())
+        if self._look_ahead:  # then the two part at the first exchange, and a lead may be told from both
+            self._starts = {name: anchor.clone() for name, anchor in self._anchors.items()}
+
+    def _move_anchors(self) -> None:
+        """Exchange, and take x_sync one step on."""
+        if self.outer is None:
+            self._average.subtract(self._moved, self._steps, self._anchors)
+            return
+        for name, average in self._average(self._moved, self._steps).items():
+            self._anchors[name].grad = average
+        self.outer.step()
+        self.outer.zero_grad(set_to_none=True)
+
+    def _moved(self, name: str) -> Tensor:
+        """By how much the local steps have moved a parameter, downwards."""
+        return self._starts[name] - self._parameters[name].detach()
 
     def _lead(self, name: str) -> Tensor | None:
         """By how much the next local steps of a parameter start ahead of x_sync; None for nothing.

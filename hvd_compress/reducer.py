@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,14 @@ class Reduced:
 
     sums: dict[str, Tensor]  # name → flat sum over ranks, in the working dtype, on the tensor's device
     overflow: Overflow  # if there is any, no memory was updated
+
+    def subtracted_from(self, minuends: Mapping[str, Tensor] | None) -> Reduced:
+        """The same with no sums: they are subtracted from ``minuends``, if those are given and nothing overflowed."""
+        if minuends is None or self.overflow:
+            return self
+        for name, total in self.sums.items():
+            minuends[name].sub_(total.to(minuends[name].dtype))
+        return replace(self, sums={})
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,14 @@ class Reducer(Sender):
         self._here.add(name)
         self._depart_early()
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Exchange what was added, on this and all other ranks. Collective.
 
         Args:
@@ -159,6 +174,9 @@ class Reducer(Sender):
             divisor: of the sums; the number of ranks for the average.
             overflow_elsewhere: this rank has met inf or NaN in what it has not added, so that the step is likely to
                 be skipped on all ranks. No memory is updated then.
+            minuends: flat tensors by name, from which the sums are subtracted in place, rather than that they are
+                returned: of sparse messages, this touches only what they are about. With an overflow they are left
+                as they are.
 
         Raises:
             PeerError: another rank failed.
@@ -167,12 +185,14 @@ class Reducer(Sender):
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
         with self._ledger.timed("compress"):
-            return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+            return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere, minuends)
 
-    def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
+    def _reduce(
+        self, step: int, divisor: float, overflow_elsewhere: bool, minuends: Mapping[str, Tensor] | None
+    ) -> Reduced:
         self._depart_rest(step, overflow_elsewhere)
         departed, self._departed = self._departed, []
-        pending, failure = self._take()
+        pending, _, failure = self._take()
         self._here.clear()
         self._gone.clear()
         try:
@@ -185,10 +205,15 @@ class Reducer(Sender):
         # In rank order, as the sums: all ranks must come to the same conclusion.
         self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
         free = self._rollback(pending) if overflow else self._commit(pending)
+        if minuends is not None and not overflow and not self._memory.receives:
+            for name, messages in gathered.items():
+                minuend = minuends[name]
+                wire.subtract([message.to(minuend.device) for message in messages], minuend, divisor)
+            return Reduced({}, overflow)
         sums = {}
         for name, p in pending.items():
             sums[name] = self._sum(name, gathered[name], free[name], divisor, p.remembered and not overflow)
-        return Reduced(sums, overflow)
+        return Reduced(sums, overflow).subtracted_from(minuends)
 
     def _sum(self, name: str, messages: list[Message], flat: Tensor, divisor: float, is_received: bool) -> Tensor:
         # In rank order, since floating point addition is not associative and all ranks must get the same bits.
@@ -231,7 +256,7 @@ class Reducer(Sender):
     def _depart(self, names: set[str], step: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
         chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
-        messages = [self._pending[name].message for name in chosen]
+        messages = [self._messages.pop(name) for name in chosen]
         device = messages[0].device if messages else torch.device("cpu")
         failure = None if self._failure is None else _story(self._failure)
         own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
@@ -300,12 +325,13 @@ def _travel(
     shares: list[int] = []
     packets: list[wire.Packet] = []
     error: Exception | None = None
+    table: wire.Table | None = None
     try:
         if own.failure is None:
             encoded = wire.encode(
                 own.messages, ids=own.ids, round=own.round, energy=own.energy, overflow=own.overflow
             )
-            buffer, shares = encoded.data, encoded.shares
+            buffer, shares, table = encoded.data, encoded.shares, encoded.table
         else:
             buffer = wire.encode_failure(own.failure, round=own.round)
     except Exception as caught:
@@ -313,7 +339,7 @@ def _travel(
         buffer = wire.encode_failure(_story(caught), round=own.round)
     try:
         for rank, data in zip(called, exchange.allgatherv(buffer, place), strict=True):
-            packets.append(_open(rank, data, device))  # its own too: all ranks judge the same bytes
+            packets.append(_open(rank, data, device, table))  # its own too: all ranks judge the same bytes
     except Exception as caught:
         error = error or caught
     return _Arrived(shares, exchange.sent - sent_before, packets, error)
@@ -323,9 +349,9 @@ def _story(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _open(rank: int, data: Bytes, device: torch.device) -> wire.Packet:
+def _open(rank: int, data: Bytes, device: torch.device, likely: wire.Table | None) -> wire.Packet:
     try:
-        return wire.decode(data, device)
+        return wire.decode(data, device, likely=likely)
     except WireError as error:
         raise WireError(f"from rank {rank}: {error}") from None
 
@@ -347,7 +373,7 @@ def _overflow(called: Sequence[int], arrived: list[_Arrived], gathered: Mapping[
         for rank, packet in zip(called, arrival.packets, strict=True)
         if packet.overflow
     ]
-    if bool(all_finite([m.values.floats for messages in gathered.values() for m in messages])):
+    if all_finite([floats for arrival in arrived for packet in arrival.packets for floats in packet.floats]):
         return elsewhere
     return elsewhere + [
         (rank, name)

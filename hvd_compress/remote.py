@@ -109,20 +109,20 @@ class RemoteModel(Sender):
             PeerError: another rank, or a server, has failed; the run cannot go on.
             Exception: whatever :meth:`add` or packing raised on this rank; it has failed for the others.
         """
-        pending, failure = self._take()
+        pending, messages, failure = self._take()
         energy = self._energy()
         try:
             if failure is not None:
                 raise failure
-            overflow = [name for name, p in pending.items() if not bool(p.message.is_finite())]
-            self._ask(Topic.UPDATE, self._packets({} if overflow else pending, step), anchors)
+            overflow = [name for name, message in messages.items() if not bool(message.is_finite())]
+            self._ask(Topic.UPDATE, self._packets({} if overflow else messages, step), anchors)
         except BaseException as error:
             self._rollback(pending)
             self.fail(error)
             raise
         self._ledger.exchanges += 1
         self._round += 1
-        kept = sum(len(p.message.values) for p in pending.values() if p.compressed)
+        kept = sum(len(messages[name].values) for name, p in pending.items() if p.compressed)
         self._schedule.advance(energy, kept)  # of this rank alone: the others' are not known
         if overflow:
             self._rollback(pending)
@@ -179,14 +179,14 @@ class RemoteModel(Sender):
             with self._service.lock:
                 self._ledger.take(self._master.ledger)
 
-    def _packets(self, pending: Mapping[str, Any], step: int) -> dict[int, Bytes]:
+    def _packets(self, messages: Mapping[str, wire.Message], step: int) -> dict[int, Bytes]:
         """One packet for each server."""
         names = list(self._shapes)
         packets = {}
         for rank, share in self._shares.items():
-            chosen = [names[id] for id in share if names[id] in pending]
+            chosen = [names[id] for id in share if names[id] in messages]
             ids = [self._ids[name] for name in chosen]
-            encoded = wire.encode([pending[name].message for name in chosen], ids=ids, round=step)
+            encoded = wire.encode([messages[name] for name in chosen], ids=ids, round=step)
             for name, bytes_ in zip(chosen, encoded.shares, strict=True):
                 self._ledger.tensors[name].mpi += bytes_
             self._ledger.shared.mpi += len(encoded.data) - sum(encoded.shares)

@@ -106,23 +106,31 @@ class ScatteredReducer(Sender):
             self._watch.begin()
         super().add(name, tensor)
 
-    def reduce(self, step: int | None = None, *, divisor: float = 1.0, overflow_elsewhere: bool = False) -> Reduced:
+    def reduce(
+        self,
+        step: int | None = None,
+        *,
+        divisor: float = 1.0,
+        overflow_elsewhere: bool = False,
+        minuends: Mapping[str, Tensor] | None = None,
+    ) -> Reduced:
         """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`."""
         assert self._watch is not None, "open() comes first"
         self._watch.begin()
         try:
             with self._ledger.timed("compress"):
-                return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                return reduced.subtracted_from(minuends)
         finally:
             self._watch.end()
 
     def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
         assert self._exchange is not None
-        pending, failure = self._take()
+        pending, messages, failure = self._take()
         sent_before = self._exchange.sent
         try:
-            regions, kept = self._agree_on_regions({} if failure else pending)
-            packets, failure = self._scatter(pending, regions, step, failure, overflow_elsewhere)
+            regions, kept = self._agree_on_regions(*(({}, {}) if failure else (pending, messages)))
+            packets, failure = self._scatter(messages, regions, step, failure, overflow_elsewhere)
             flagged = [p.overflow for p in packets]
             results, rests = self._gather(pending, regions, packets, step, failure)
             overflow = self._agree(self._overflow(flagged, results, regions))
@@ -154,15 +162,17 @@ class ScatteredReducer(Sender):
     def _receive(self, name: str, total: Tensor) -> Tensor:
         return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
 
-    def _agree_on_regions(self, pending: Mapping[str, Pending]) -> tuple[list[list[Piece]], int]:
+    def _agree_on_regions(
+        self, pending: Mapping[str, Pending], messages: Mapping[str, Message]
+    ) -> tuple[list[list[Piece]], int]:
         """Each rank's pieces of the tensors, and how many compressed elements the rank has kept that kept most."""
         assert self._exchange is not None
-        counts = [len(p.message.values) for p in pending.values()]
+        counts = [len(message.values) for message in messages.values()]
         kept = np.zeros(self.size, np.int64)
         kept[self.rank] = sum(n for n, p in zip(counts, pending.values(), strict=True) if p.compressed)
-        sizes = {name: p.message.numel for name, p in pending.items()}
+        sizes = {name: message.numel for name, message in messages.items()}
         total = sum(sizes.values())
-        ends = equal_parts([p.message for p in pending.values()], self.size) if sum(counts) else None
+        ends = equal_parts([*messages.values()], self.size) if sum(counts) else None
         proposal = np.array((ends or even_ends(total, self.size))[:-1], np.int64)
         with self._ledger.timed("exchange"):
             agreed = self._exchange.sum(np.concatenate([proposal, kept]))
@@ -171,7 +181,7 @@ class ScatteredReducer(Sender):
 
     def _scatter(
         self,
-        pending: Mapping[str, Pending],
+        messages: Mapping[str, Message],
         regions: list[list[Piece]],
         step: int,
         failure: Exception | None,
@@ -184,16 +194,16 @@ class ScatteredReducer(Sender):
         shares: dict[str, int] = {}
         if failure is None:
             try:
-                finite = [p.message.is_finite() for p in pending.values()]
+                finite = [message.is_finite() for message in messages.values()]
                 overflow = overflow_elsewhere or (bool(finite) and not bool(torch.stack(finite).all()))
                 for owner, pieces in enumerate(regions):
                     ids = [self._ids[p.name] for p in pieces]
-                    messages = [pending[p.name].message.part(p.start, p.stop) for p in pieces]
+                    parts = [messages[p.name].part(p.start, p.stop) for p in pieces]
                     if owner == self.rank:
-                        mine = wire.Packet(step, ids, messages, energy, overflow)
+                        mine = wire.Packet(step, ids, parts, energy, overflow)
                         buffers.append(np.empty(0, np.uint8))
                         continue
-                    encoded = wire.encode(messages, ids=ids, round=step, energy=energy, overflow=overflow)
+                    encoded = wire.encode(parts, ids=ids, round=step, energy=energy, overflow=overflow)
                     buffers.append(encoded.data)
                     for piece, share in zip(pieces, encoded.shares, strict=True):
                         shares[piece.name] = shares.get(piece.name, 0) + share
@@ -207,7 +217,7 @@ class ScatteredReducer(Sender):
         if failure is not None:
             return [], failure
         try:
-            device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
+            device = next(iter(messages.values())).device if messages else torch.device("cpu")
             packets = [
                 mine if rank == self.rank else self._opened(data, rank, mine.ids, regions[self.rank], step, device)
                 for rank, data in enumerate(received)
@@ -256,7 +266,7 @@ class ScatteredReducer(Sender):
         self._count(shares)
         if failure is not None:
             raise failure
-        device = next(iter(pending.values())).message.device if pending else torch.device("cpu")
+        device = next(iter(pending.values())).flat.device if pending else torch.device("cpu")
         gathered = [
             self._opened(data, owner, [self._ids[p.name] for p in regions[owner]], regions[owner], step, device)
             for owner, data in enumerate(received)

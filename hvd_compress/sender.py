@@ -35,7 +35,6 @@ class Pending:
     """A tensor on its way."""
 
     flat: Tensor  # its elements, whose storage the memory may take
-    message: Message
     compressed: bool  # else it is sent whole
     remembered: bool  # whether the memory waits for the outcome
 
@@ -83,6 +82,7 @@ class Sender(Member):
         self._memory = memory
         self._round = 0
         self._pending: dict[str, Pending] = {}
+        self._messages: dict[str, Message] = {}  # of these, until they are sent
         self._failure: Exception | None = None
         self._place: Place | None = None  # once the ranks have met
         self._saved_as: Place | None = None  # in the state that was loaded
@@ -96,7 +96,7 @@ class Sender(Member):
         try:
             with self._ledger.timed("compress"):
                 self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
-                self._pending[name] = self._compress(name, tensor)
+                self._pending[name], self._messages[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 
@@ -186,31 +186,35 @@ class Sender(Member):
     def _drop(self) -> None:
         """Forget what was added for an exchange that never came about."""
         self._rollback(self._pending)
-        self._pending, self._failure, self._energies = {}, None, {}
+        self._pending, self._messages, self._failure, self._energies = {}, {}, None, {}
 
-    def _take(self) -> tuple[dict[str, Pending], Exception | None]:
-        """What was added since the last time, in the order that is the same on all ranks, or why it was not."""
+    def _take(self) -> tuple[dict[str, Pending], dict[str, Message], Exception | None]:
+        """What was added since the last time, in the order that is the same on all ranks, or why it was not.
+
+        The messages are those that have not been sent.
+        """
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
-        failure, self._pending, self._failure = self._failure, {}, None
-        return pending, failure
+        messages = {name: self._messages[name] for name in pending if name in self._messages}
+        failure, self._pending, self._messages, self._failure = self._failure, {}, {}, None
+        return pending, messages, failure
 
     def _energy(self) -> float:
         """The squared norm of what was compressed since the last time, if the schedule asks for it."""
         energies, self._energies = list(self._energies.values()), {}
         return _total(energies)
 
-    def _compress(self, name: str, tensor: Tensor) -> Pending:
+    def _compress(self, name: str, tensor: Tensor) -> tuple[Pending, Message]:
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         if flat.untyped_storage().nbytes() != flat.nbytes:  # who owns the rest may write to all of it
             flat = flat.clone()
         is_small = len(flat) < self._dense_below
         if is_small and not self._memory.covers_small:
-            return Pending(flat, Message.dense(flat.clone()), compressed=False, remembered=False)
+            return Pending(flat, compressed=False, remembered=False), Message.dense(flat.clone())
         x, other = self._memory.compensate(name, flat)
         try:
             message = self._encode(name, x, other, is_small)
             self._memory.update(name, message)
-            return Pending(flat, message, not is_small, remembered=True)
+            return Pending(flat, not is_small, remembered=True), message
         except Exception:
             self._memory.rollback(name)
             raise

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from documents import blocks, commands
 from world import World
+
+from hvd_compress.compression import COMPRESSORS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -30,13 +33,25 @@ def run_example(name: str, arguments: list[str]) -> str:
     return output.getvalue()
 
 
+def shown(name: str) -> list[str]:
+    """The arguments with which the documents start it."""
+    start = f"mpirun -np 2 python examples/{name}"
+    (block,) = blocks("docs/examples.md", "sh")
+    (line,) = (line for line in commands(block) if line.startswith(start))
+    return line.removeprefix(start).split()
+
+
 def numbers(pattern: str, text: str) -> list[float]:
     return [float(number) for number in re.findall(pattern, text)]
 
 
+def test_a_rank_alone_is_told_why_nothing_is_sent() -> None:
+    assert run_example("quickstart.py", []).endswith("nothing sent; on a single rank, Horovod compresses nothing\n")
+
+
 @pytest.mark.ranks(2)
 def test_custom_compressor(world: World) -> None:
-    output, silent = world.run(run_example, "custom_compressor.py", [])
+    output, silent = world.run(run_example, "custom_compressor.py", shown("custom_compressor.py"))
     losses = numbers(r"loss ([\d.]+)", output)
     assert losses[-1] < 0.5 < losses[0]
     assert numbers(r"([\d.]+) times less", output)[0] > 20
@@ -61,7 +76,7 @@ def test_the_custom_operator_fits_on_a_page_and_keeps_the_largest_of_each_chunk(
 
 @pytest.mark.ranks(2)
 def test_local_steps(world: World) -> None:
-    output, _ = world.run(run_example, "local_steps.py", ["--sync-every", "8"])
+    output, _ = world.run(run_example, "local_steps.py", shown("local_steps.py"))
     losses = numbers(r"loss ([\d.]+)", output)
     assert losses[-1] < 0.5 < losses[0]
     assert numbers(r"([\d.]+) times less", output)[0] > 200
@@ -69,7 +84,7 @@ def test_local_steps(world: World) -> None:
 
 @pytest.mark.ranks(2)
 def test_cnn(world: World) -> None:
-    output, _ = world.run(run_example, "cnn.py", ["--epochs", "2", "--compression", "qtopk"])
+    output, _ = world.run(run_example, "cnn.py", [*shown("cnn.py"), "--epochs", "2"])
     before, after = numbers(r"loss ([\d.]+) at first", output) + numbers(r"first, ([\d.]+) at last", output)
     assert after < 0.85 * before
     assert numbers(r"accuracy ([\d.]+)%", output)
@@ -78,8 +93,18 @@ def test_cnn(world: World) -> None:
 
 @pytest.mark.ranks(2)
 def test_masked_words(world: World) -> None:
-    output, _ = world.run(run_example, "masked_words.py", ["--steps", "25", "--words", "1000"])
+    arguments = [*shown("masked_words.py"), "--steps", "25", "--words", "1000"]
+    output, _ = world.run(run_example, "masked_words.py", arguments)
     before, after = numbers(r"loss ([\d.]+) at first, [\d.]+", output) + numbers(r"at first, ([\d.]+)", output)
     assert after < 0.9 * before
     assert numbers(r"logits.weight: .* ([\d.]+) times less", output)[0] > 40
     assert numbers(r"embedding.weight: .* ([\d.]+) times less", output) == [1.0]  # Horovod gathers its rows
+
+
+@pytest.mark.ranks(2)
+def test_every_compressor(world: World) -> None:
+    arguments = [*shown("every_compressor.py"), "--epochs", "1"]
+    output, _ = world.run(run_example, "every_compressor.py", arguments, timeout=300)
+    rows = dict(re.findall(r"^│ (\w+) .*?│.*?│ +([\d.]+)% │", output, flags=re.MULTILINE))
+    assert rows.keys() == {"none", "fp16", *COMPRESSORS}
+    assert all(float(accuracy) > 25 for accuracy in rows.values()), output  # by chance it would be 10

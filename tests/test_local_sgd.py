@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -14,7 +15,16 @@ from models import ByDefinition, Vectors, assert_replicas_identical, gradient, t
 from torch import Tensor
 from world import World
 
-from hvd_compress import Compression, NonFiniteError, QsparseLocalSGD, RankMismatchError, post_local, sync_at
+from hvd_compress import (
+    Compression,
+    NonFiniteError,
+    PeerError,
+    QsparseLocalSGD,
+    RankMismatchError,
+    post_local,
+    sync_at,
+)
+from hvd_compress.operators import QSGD, TopK, compose
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -221,7 +231,126 @@ def test_one_rank_is_sequential_sgd(world: World) -> None:
     world.run(one_rank_is_sequential, sgd)
 
 
+# The outer step
+
+
+def subtracts(dtype: torch.dtype, **options: Any) -> None:
+    """The paper's outer step, which touches only what was sent, against SGD over dense averages, to the bit."""
+    look_ahead = options.pop("look_ahead", 0.0)
+    models = [Vectors({**SHAPES, "d": (2,), "unused": (30,)}, dtype) for _ in range(2)]
+    optimizers = []
+    for model, outer in zip(models, (None, lambda x: torch.optim.SGD(x, lr=1.0)), strict=True):
+        c = model.get_parameter("c")
+        c.data = torch.zeros(5, 4, 3, dtype=dtype).permute(2, 0, 1)  # of other strides than its copies
+        groups: list[dict[str, Any]] = [
+            {"params": [c], "lr": 0.25},
+            {"params": [p for p in model.parameters() if p is not c]},
+        ]
+        optimizers.append(
+            QsparseLocalSGD(
+                torch.optim.SGD(groups, lr=0.5, momentum=0.9),
+                named_parameters=model.named_parameters(),
+                compression=Compression.of(dense_below=3, **options),
+                sync_every=2,
+                outer=outer,
+                look_ahead=look_ahead,
+            )
+        )
+    for step in range(9):
+        slopes = {name: g.to(dtype) for name, g in gradients(hvd.rank(), step).items()}
+        slopes["d"] = torch.full((2,), step / 8, dtype=dtype)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(slopes).backward()
+            optimizer.step()
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(a, b)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.synchronize()
+        with optimizer.evaluation():
+            assert_replicas_identical(list(model.parameters()))
+    assert models[0].get_parameter("a").any()
+    states = [optimizer.state_dict()["qsparse_local_sgd"] for optimizer in optimizers]
+    assert_same(states[0]["anchors"], states[1]["anchors"])
+    ours, theirs = (state["average"].get("inner", state["average"])["memory"] for state in states)
+    assert_same(ours, theirs)
+    for one, other in itertools.permutations(optimizers):
+        with pytest.raises(ValueError, match="outer optimizer"):
+            one.load_state_dict(other.state_dict())
+
+
+def subtracts_in_all_ways() -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        subtracts(dtype, operator=TopK(k=5))
+    for operator in (TopK(k=1000), QSGD(bits=4), compose(TopK(k=9), QSGD(bits=4, norm="max"))):
+        subtracts(torch.float32, operator=operator, memory="residual")
+    subtracts(torch.float32, operator=TopK(k=5), look_ahead=0.3)
+    subtracts(torch.float32, operator=TopK(k=5), memory="none")
+    subtracts(torch.float32, operator=TopK(k=5), exchange="reduce_scatter")
+    subtracts(torch.bfloat16, operator=TopK(k=5), exchange="hierarchical", nodes=list(range(hvd.size())))
+
+
+@pytest.mark.ranks(1, 2, 3)
+def test_the_outer_step_of_the_paper_is_sgd_over_dense_averages(world: World) -> None:
+    world.run(subtracts_in_all_ways)
+
+
 # Exchanges
+
+
+def leaves_while_it_computes() -> None:
+    """Buckets are on their way before the last difference is computed."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, bucket_cap_mb=1e-6)
+    train(model, optimizer, 0, 1)  # meets the other ranks
+    moved, departed = optimizer._moved, {}
+
+    def watched(name: str) -> Tensor:
+        departed[name] = len(optimizer._average._reducer._departed)
+        return moved(name)
+
+    optimizer._moved = watched
+    train(model, optimizer, 1, 2)
+    assert departed == {"c": 0, "b": 1, "a": 2}
+
+
+@pytest.mark.ranks(2)
+def test_buckets_leave_while_the_rest_is_computed(world: World) -> None:
+    world.run(leaves_while_it_computes)
+
+
+def fails_on_the_way(who: int) -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, bucket_cap_mb=1e-6)
+    train(model, optimizer, 0, 2)
+    before = copy.deepcopy((optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"], model.state_dict()))
+    moved, step = optimizer._moved, optimizer.sync_every
+    optimizer.sync_every = 2
+    train(model, optimizer, 2, 3)
+    local = copy.deepcopy(model.state_dict())
+
+    def fails(name: str) -> Tensor:
+        if name == "b" and hvd.rank() == who:
+            raise MemoryError("no room")
+        return moved(name)
+
+    optimizer._moved = fails
+    with pytest.raises(MemoryError if hvd.rank() == who else PeerError, match="no room"):
+        optimizer.synchronize()
+    assert_same(optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"], before[0])
+    assert_same(dict(model.state_dict()), dict(local))
+    with optimizer.evaluation():
+        assert_same(dict(model.state_dict()), dict(before[1]))
+    optimizer._moved, optimizer.sync_every = moved, step
+    optimizer.synchronize()
+    assert_replicas_identical(list(model.parameters()))
+    assert not torch.equal(model.get_parameter("a"), before[1]["a"])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("who", [0, 1])
+def test_no_room_for_a_difference_on_one_rank(world: World, who: int) -> None:
+    world.run(fails_on_the_way, who)
 
 
 def counts_exchanges(steps: int, sync_every: int) -> tuple[int, int]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -17,7 +15,7 @@ import torch
 from models import Vectors, assert_replicas_identical, gradient, through_a_file
 from test_exchange import Counting, Fragile
 from torch import Tensor
-from world import World, launch
+from world import World
 
 from hvd_compress import (
     AsyncQsparseLocalSGD,
@@ -882,11 +880,3 @@ def in_a_process_set() -> None:
 @pytest.mark.ranks(4)
 def test_a_process_set(world: World) -> None:
     world.run(in_a_process_set)
-
-
-def test_the_blocks_in_the_document_run() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "scale.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    step = "model(torch.ones(2, 50)).sum().backward(); optimizer.step(); optimizer.synchronize(); print('fine')\n"
-    ended = launch(2, "\n".join([*blocks, step]))
-    assert ended.stdout.count("fine") == 2, ended.stdout

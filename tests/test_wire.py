@@ -338,6 +338,28 @@ def test_a_bucket_is_as_large_as_its_values(little_memory: None) -> None:
     assert (few.numel, few.values.decode().tolist()) == (1 << 40, [1.0])
 
 
+def test_a_likely_table_changes_nothing() -> None:
+    """Whatever table the receiver expects, it sees what the packet says."""
+    sparse = Message.sparse((300,), torch.tensor([3, 50]), torch.tensor([1.0, 2.0]))
+    other = Message.sparse((300,), torch.tensor([4, 5, 299]), torch.ones(3))
+    packets = [
+        encode(m) for m in ([sparse], [sparse, other], [other, sparse], [other], [], [Message.dense(torch.ones(2))])
+    ]
+    for packet in packets:
+        expected = [(m.shape, m.decode().tolist()) for m in decode(packet.data).messages]
+        for likely in packets:
+            received = decode(packet.data, likely=likely.table)
+            assert [(m.shape, m.decode().tolist()) for m in received.messages] == expected
+            assert received.ids == decode(packet.data).ids
+
+
+def test_scales_in_buckets_of_all_elements_are_sent_dense() -> None:
+    values = Symmetric(torch.tensor([0, 1, 2, 1], dtype=torch.uint8), torch.tensor([3.0, 5.0]), s=1, bucket=2)
+    received = Message.from_bytes(Message((4,), torch.arange(4), values).to_bytes())
+    assert received.indices is None
+    assert received.decode().tolist() == [-3.0, 0.0, 5.0, 0.0]
+
+
 @pytest.mark.gpu
 def test_gpu_packs_the_same_bytes() -> None:
     generator = torch.Generator().manual_seed(1)

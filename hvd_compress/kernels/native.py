@@ -65,6 +65,11 @@ def is_finite(flat: Tensor) -> bool:
     return _native.is_finite(flat.numpy(), torch.get_num_threads())
 
 
+def all_nonzero(vectors: Sequence[Tensor]) -> bool:
+    """:func:`.vectors.all_nonzero`, for vectors of one dtype."""
+    return _native.all_nonzero([v.numpy() for v in vectors])
+
+
 def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
     """:func:`.vectors.add_at`."""
     _native.add_at(flat.numpy(), indices.numpy(), values.numpy(), alpha)
@@ -76,9 +81,14 @@ def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], di
     _native.sum_at(flat.numpy(), places, numbers, divisor, torch.get_num_threads())
 
 
-def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float) -> None:
+    """:func:`.vectors.subtract_at`."""
+    _native.subtract_at(flat.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], divisor)
+
+
+def encode_indices(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """``wire.indices.encode_indices``."""
-    unary, fixed, unary_bits = _native.encode_indices(indices.numpy(), table.numpy())
+    unary, fixed, unary_bits = _native.encode_indices([i.numpy() for i in indices], table.numpy())
     return torch.from_numpy(unary), torch.from_numpy(fixed), unary_bits
 
 

@@ -14,8 +14,11 @@ from . import native
 def is_finite(tensor: Tensor) -> Tensor:
     """Whether no element is inf or NaN: bool of no dimensions, on the tensor's device."""
     if tensor.is_floating_point() and native.serves(tensor):
-        return torch.tensor(native.is_finite(tensor))
+        return _YES if native.is_finite(tensor) else _NO
     return is_finite_by_torch(tensor)
+
+
+_YES, _NO = torch.tensor(True), torch.tensor(False)  # made once, since it takes longer than many an answer
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -28,6 +31,13 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 def is_finite_by_torch(tensor: Tensor) -> Tensor:
     """See :func:`is_finite`."""
     return torch.isfinite(tensor).all()
+
+
+def all_nonzero(vectors: Sequence[Tensor]) -> bool:
+    """Whether no element of any of ``vectors``, on one device, is zero. On a GPU it waits for the device, once."""
+    if len({v.dtype for v in vectors}) == 1 and vectors[0].is_floating_point() and native.serves(*vectors):
+        return native.all_nonzero(vectors)
+    return not vectors or bool(torch.cat([v != 0 for v in vectors]).all())
 
 
 def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) -> None:
@@ -77,3 +87,24 @@ def sum_at_by_torch(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Te
     for places, numbers in zip(indices, values, strict=True):
         flat.index_add_(0, places, numbers)
     flat.div_(divisor)
+
+
+def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
+    """``flat`` less what :func:`sum_at` would make of the other arguments, in place.
+
+    Raises:
+        ValueError, IndexError: as :func:`sum_at`.
+    """
+    if native.serves(flat, *indices, *values):
+        native.subtract_at(flat, indices, values, divisor)
+    else:
+        subtract_at_by_torch(flat, indices, values, divisor)
+
+
+def subtract_at_by_torch(
+    flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0
+) -> None:
+    """See :func:`subtract_at`."""
+    total = torch.empty_like(flat)
+    sum_at_by_torch(total, indices, values, divisor)
+    flat.sub_(total)

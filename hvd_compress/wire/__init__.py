@@ -1,7 +1,8 @@
 """Messages and their bytes. Knows tensors only as numbers, and nothing of MPI."""
 
-from .message import Block, Message, Subset, add_up
+from .message import Block, Message, Subset, add_up, subtract
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
+from .table import Table
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "Rotated",
     "Subset",
     "Symmetric",
+    "Table",
     "Values",
     "add_up",
     "decode",
     "encode",
     "encode_failure",
+    "subtract",
 ]

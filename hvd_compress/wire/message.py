@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import add_at, is_finite, random_subset, sum_at
+from ..kernels import add_at, is_finite, random_subset, subtract_at, sum_at
 from .values import Floats, Values
 
 
@@ -162,3 +162,21 @@ def add_up(messages: Sequence[Message], flat: Tensor, divisor: float = 1.0) -> N
     for message in messages:
         message.add_to(flat)
     flat.div_(divisor)
+
+
+def subtract(messages: Sequence[Message], flat: Tensor, divisor: float = 1.0) -> None:
+    """``flat`` less what :func:`add_up` makes of ``messages``, rounded to the dtype of ``flat``, in place.
+
+    Args:
+        messages: about one tensor, on the device of ``flat``.
+        flat: floating point ``[d]``.
+        divisor: see :func:`add_up`.
+    """
+    indices = [m.indices for m in messages if m.indices is not None]
+    values = [m.values.decode() for m in messages]
+    if len(indices) == len(messages) and all(v.dtype == flat.dtype for v in values):
+        subtract_at(flat, indices, values, divisor)
+        return
+    total = torch.empty(len(flat), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
+    add_up(messages, total, divisor)
+    flat.sub_(total.to(flat.dtype))

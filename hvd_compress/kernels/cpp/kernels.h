@@ -36,6 +36,9 @@ void add_top_k(Float* x, const Float* y, Index d, Index k, int threads, VectorUn
 template <class Float>
 bool is_finite(const Float* x, Index n, int threads);
 
+template <class Float>
+bool all_nonzero(const Float* x, Index n);
+
 // flat[indices[i]] += alpha * values[i], in order. Throws std::out_of_range before anything is written.
 template <class Float>
 void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha);
@@ -53,6 +56,10 @@ struct Part {
 template <class Float>
 void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads);
 
+// flat[n] less that sum. Throws as sum_at does.
+template <class Float>
+void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor);
+
 // streams.cpp. One message's place in the index streams; see wire/indices.py.
 struct Row {
     Index count;      // indices
@@ -64,10 +71,10 @@ struct Row {
 constexpr int kMaxWidth = 31;  // bits of a field
 
 // Checks the indices of all rows and says how many unary bits each row takes. Throws std::invalid_argument.
-std::vector<Index> unary_bits(const Index* indices, const Row* rows, Index messages);
+std::vector<Index> unary_bits(const Index* const* indices, const Row* rows, Index messages);
 
 // Fills both streams, whose lengths follow from unary_bits and the rows.
-void encode_indices(const Index* indices, const Row* rows, Index messages, std::uint8_t* unary,
+void encode_indices(const Index* const* indices, const Row* rows, Index messages, std::uint8_t* unary,
                     std::size_t unary_bytes, std::uint8_t* fixed, std::size_t fixed_bytes);
 
 // Reads nothing outside the streams and writes nothing outside `indices`, whatever the streams hold. Throws

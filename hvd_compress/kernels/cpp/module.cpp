@@ -83,6 +83,12 @@ bool is_finite_of(const Array<Float>& flat, int threads) {
 }
 
 template <class Float>
+bool all_nonzero_of(const std::vector<Array<Float>>& vectors) {
+    py::gil_scoped_release released;
+    return std::all_of(vectors.begin(), vectors.end(), [](const auto& v) { return all_nonzero(v.data(), v.size()); });
+}
+
+template <class Float>
 void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Float>& values, Float alpha) {
     require_vector(flat, "flat");
     require_vector(indices, "indices");
@@ -96,9 +102,7 @@ void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Floa
 }
 
 template <class Float>
-void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values,
-               Float divisor, int threads) {
-    require_vector(flat, "flat");
+std::vector<Part<Float>> parts_of(const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values) {
     require(indices.size() == values.size(), "there must be as many vectors of indices as of values");
     std::vector<Part<Float>> parts;
     for (std::size_t p = 0; p < indices.size(); ++p) {
@@ -107,10 +111,29 @@ void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, con
         require(indices[p].size() == values[p].size(), "indices and values must be of one length");
         parts.push_back({indices[p].data(), values[p].data(), indices[p].size()});
     }
+    return parts;
+}
+
+template <class Float>
+void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values,
+               Float divisor, int threads) {
+    require_vector(flat, "flat");
+    const auto parts = parts_of(indices, values);
     Float* x = flat.mutable_data();
     const Index n = flat.size();
     py::gil_scoped_release released;
     sum_at(x, n, parts, divisor, threads);
+}
+
+template <class Float>
+void subtract_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices,
+                    const std::vector<Array<Float>>& values, Float divisor) {
+    require_vector(flat, "flat");
+    const auto parts = parts_of(indices, values);
+    Float* x = flat.mutable_data();
+    const Index n = flat.size();
+    py::gil_scoped_release released;
+    subtract_at(x, n, parts, divisor);
 }
 
 struct Table {
@@ -120,8 +143,9 @@ struct Table {
     Index fixed_bytes = 0;  // of the fields of all rows
 };
 
-// `most`: how many indices there can be; a table from another rank may say anything.
-Table table_of(const Array<Index>& table, Index most) {
+// A table from another rank may say anything.
+Table table_of(const Array<Index>& table) {
+    constexpr Index most = Index{1} << 56;  // indices, so that bits can be counted
     require(table.ndim() == 2 && table.shape(1) == 4, "the table must have four columns");
     Table result{reinterpret_cast<const Row*>(table.data()), table.shape(0)};
     Index bits = 0;
@@ -137,22 +161,26 @@ Table table_of(const Array<Index>& table, Index most) {
     return result;
 }
 
-py::tuple encode_indices_of(const Array<Index>& indices, const Array<Index>& rows) {
-    require_vector(indices, "indices");
-    const Table table = table_of(rows, indices.size());
-    require(table.count == indices.size(), "the table's counts do not add up to the number of indices");
-    const Index* from = indices.data();
+py::tuple encode_indices_of(const std::vector<Array<Index>>& indices, const Array<Index>& rows) {
+    const Table table = table_of(rows);
+    require(table.messages == static_cast<Index>(indices.size()), "there must be as many rows as vectors of indices");
+    std::vector<const Index*> from;
+    for (std::size_t m = 0; m < indices.size(); ++m) {
+        require_vector(indices[m], "indices");
+        require(indices[m].size() == table.rows[m].count, "a row's count is not its number of indices");
+        from.push_back(indices[m].data());
+    }
     std::vector<Index> bits;
     {
         py::gil_scoped_release released;
-        bits = unary_bits(from, table.rows, table.messages);
+        bits = unary_bits(from.data(), table.rows, table.messages);
     }
     const Index unary_bytes = (std::accumulate(bits.begin(), bits.end(), Index{0}) + 7) / 8;
     Bytes unary(unary_bytes), fixed(table.fixed_bytes);
     std::uint8_t *u = unary.mutable_data(), *f = fixed.mutable_data();
     {
         py::gil_scoped_release released;
-        encode_indices(from, table.rows, table.messages, u, unary_bytes, f, table.fixed_bytes);
+        encode_indices(from.data(), table.rows, table.messages, u, unary_bytes, f, table.fixed_bytes);
     }
     return py::make_tuple(std::move(unary), std::move(fixed), std::move(bits));
 }
@@ -160,8 +188,7 @@ py::tuple encode_indices_of(const Array<Index>& indices, const Array<Index>& row
 Array<Index> decode_indices_of(const Bytes& unary, const Bytes& fixed, const Array<Index>& rows) {
     require_vector(unary, "unary");
     require_vector(fixed, "fixed");
-    constexpr Index most = Index{1} << 56;  // so that bits can be counted
-    const Table table = table_of(rows, most);
+    const Table table = table_of(rows);
     require(table.fixed_bytes == fixed.size(), "the table asks for other fields than there are");
     Array<Index> indices(table.count);
     const std::uint8_t *u = unary.data(), *f = fixed.data();
@@ -219,10 +246,13 @@ void bind_floats(py::module_& module) {
     module.def("add_top_k", &add_top_k_of<Float>, "flat"_a.noconvert(), "other"_a.noconvert(), "k"_a, "threads"_a,
                "unit"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
+    module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());
     module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
                "alpha"_a);
     module.def("sum_at", &sum_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
                "values"_a.noconvert(), "divisor"_a, "threads"_a);
+    module.def("subtract_at", &subtract_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "divisor"_a);
 }
 
 }  // namespace

@@ -113,15 +113,16 @@ Word spread(Word packed, int bits) {
 
 }  // namespace
 
-std::vector<Index> unary_bits(const Index* indices, const Row* rows, Index messages) {
+std::vector<Index> unary_bits(const Index* const* indices, const Row* rows, Index messages) {
     std::vector<Index> result(messages, 0);
     for (Index m = 0; m < messages; ++m) {
         const Row row = rows[m];
+        const Index* const from = indices[m];
         Index previous = -1;
         Word quotients = 0;
         bool wrong = false;
         for (Index i = 0; i < row.count; ++i) {
-            const Index index = indices[i];
+            const Index index = from[i];
             wrong |= index <= previous;
             // Unsigned, since wrong indices, which are refused below, may be anything.
             quotients += (static_cast<Word>(index) - static_cast<Word>(previous) - 1) >> row.parameter;
@@ -129,22 +130,22 @@ std::vector<Index> unary_bits(const Index* indices, const Row* rows, Index messa
         }
         if (wrong || previous >= row.numel) wrong_indices();
         if (row.rice) result[m] = static_cast<Index>(quotients) + row.count;
-        indices += row.count;
     }
     return result;
 }
 
-void encode_indices(const Index* indices, const Row* rows, Index messages, Byte* unary, std::size_t unary_bytes,
-                    Byte* fixed, std::size_t fixed_bytes) {
+void encode_indices(const Index* const* indices, const Row* rows, Index messages, Byte* unary,
+                    std::size_t unary_bytes, Byte* fixed, std::size_t fixed_bytes) {
     std::memset(unary, 0, unary_bytes);
     FieldWriter fields(fixed, fixed_bytes);
     Word bit = 0;  // in the unary stream
     for (Index m = 0; m < messages; ++m) {
         const Row row = rows[m];
+        const Index* const from = indices[m];
         const int width = static_cast<int>(row.parameter);
         Index previous = -1;
         for (Index i = 0; i < row.count; ++i) {
-            const Index index = indices[i];
+            const Index index = from[i];
             if (row.rice) {
                 const Word gap = static_cast<Word>(index - previous - 1);
                 bit += gap >> width;
@@ -156,7 +157,6 @@ void encode_indices(const Index* indices, const Row* rows, Index messages, Byte*
                 fields.put(static_cast<Word>(index), width);
             }
         }
-        indices += row.count;
     }
 }
 

@@ -30,6 +30,13 @@ bool is_finite(const Float* x, Index n, int threads) {
 }
 
 template <class Float>
+bool all_nonzero(const Float* x, Index n) {
+    bool found = false;
+    for (Index i = 0; i < n; ++i) found |= x[i] == 0;
+    return !found;
+}
+
+template <class Float>
 void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha) {
     const auto size = static_cast<std::uint64_t>(n);
     bool outside = false;
@@ -42,14 +49,19 @@ void add_at(Float* flat, Index n, const Index* indices, const Float* values, Ind
     }
 }
 
-// One block after the other, so that what is set to zero is still in the cache when the values come.
 template <class Float>
-void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads) {
+void require_ascending(const std::vector<Part<Float>>& parts, Index n) {
     for (const auto& part : parts) {
         bool wrong = part.count && (part.indices[0] < 0 || part.indices[part.count - 1] >= n);
         for (Index i = 1; i < part.count; ++i) wrong |= part.indices[i] <= part.indices[i - 1];
         if (wrong) throw std::invalid_argument("indices must be strictly ascending and below the vector's length");
     }
+}
+
+// One block after the other, so that what is set to zero is still in the cache when the values come.
+template <class Float>
+void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads) {
+    require_ascending(parts, n);
     constexpr Index block = 8192;
     in_ranges(n, threads, [&](Index begin, Index end) {
         std::vector<Index> first(parts.size()), behind(parts.size());  // of each part, within the block
@@ -81,11 +93,44 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
     });
 }
 
+// The sum is made one block after the other, beside the vector, of which only the elements in question are touched. An
+// element that several parts have is zero in the sum from the second visit on.
+template <class Float>
+void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor) {
+    require_ascending(parts, n);
+    constexpr Index block = 8192;
+    Float sum[block] = {};
+    std::vector<Index> first(parts.size()), behind(parts.size());  // of each part, within the block
+    for (Index from = 0; from < n; from += block) {
+        const Index to = std::min(from + block, n);
+        for (std::size_t p = 0; p < parts.size(); ++p) {
+            const Part<Float>& part = parts[p];
+            Index i = first[p] = behind[p];
+            for (; i < part.count && part.indices[i] < to; ++i) {
+                __builtin_prefetch(flat + part.indices[i], 1);
+                sum[part.indices[i] - from] += part.values[i];
+            }
+            behind[p] = i;
+        }
+        for (std::size_t p = 0; p < parts.size(); ++p) {
+            for (Index i = first[p]; i < behind[p]; ++i) {
+                const Index at = parts[p].indices[i];
+                flat[at] -= sum[at - from] / divisor;
+                sum[at - from] = 0;
+            }
+        }
+    }
+}
+
 template bool is_finite(const float*, Index, int);
 template bool is_finite(const double*, Index, int);
+template bool all_nonzero(const float*, Index);
+template bool all_nonzero(const double*, Index);
 template void add_at(float*, Index, const Index*, const float*, Index, float);
 template void add_at(double*, Index, const Index*, const double*, Index, double);
 template void sum_at(float*, Index, const std::vector<Part<float>>&, float, int);
 template void sum_at(double*, Index, const std::vector<Part<double>>&, double, int);
+template void subtract_at(float*, Index, const std::vector<Part<float>>&, float);
+template void subtract_at(double*, Index, const std::vector<Part<double>>&, double);
 
 }  // namespace hvd
