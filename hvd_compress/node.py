@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
     from .exchange import Topology
 
 _MEASURED = 1 << 20  # elements
-_PAUSE = 5e-5  # seconds between two looks at messages
 
 Parts = Sequence[Sequence[Tensor]]  # for each of the first ranks, the vectors that it owns
 
@@ -134,21 +133,9 @@ class MpiNode(Node):
         return gathered
 
     def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
-        """Send each other rank its buffer, and receive one from it; of empty ones neither.
+        from .exchange import swap
 
-        It is called beside other threads that wait in MPI, so it only looks, and lets go of Python's lock in between.
-        Open MPI's blocking collectives hung or crashed here once in some hundred exchanges on a busy machine.
-        """
-        others = [(self.rank + shift) % self.size for shift in range(1, self.size)]
-        requests = [
-            self._communicator.Irecv(incoming[rank].numpy(), source=rank) for rank in others if len(incoming[rank])
-        ]
-        for rank in others:
-            if len(outgoing[rank]):
-                requests.append(self._communicator.Isend(outgoing[rank].numpy(), dest=rank))
-                self.sent += outgoing[rank].nbytes
-        while requests := [request for request in requests if not request.Test()]:
-            time.sleep(_PAUSE)
+        self.sent += swap(self._communicator, [t.numpy() for t in outgoing], [t.numpy() for t in incoming])
 
 
 class HorovodNode(Node):
