@@ -66,7 +66,7 @@ def compressed(exchange: str, ratio: float, mine: dict[str, torch.Tensor]) -> tu
     one.open(WORLD, range(WORLD.Get_size()), "benchmark", 120)
 
     def step() -> None:
-        for name, tensor in mine.items():
+        for name, tensor in reversed(mine.items()):  # as a backward pass makes them
             one.add(name, tensor.clone())
         one.reduce()
 

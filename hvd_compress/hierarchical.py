@@ -44,7 +44,7 @@ from .side_stream import SideStream
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
-    from .exchange import Exchange, Topology, Watch
+    from .exchange import Direct, Topology, Watch
 
 STATE_FORMAT = "hierarchical 2"
 _OUTCOME = -1  # what a node's ranks tell each other in the end, in the place of a bucket
@@ -137,7 +137,7 @@ class HierarchicalReducer(Member):
         self._shards: list[list[Piece]]  # in the order of tensors
         self._called: list[int]  # Horovod's numbers of this node's ranks
         self._node: Node
-        self._status: Exchange  # within the node
+        self._status: Direct  # within the node
         self._inner: Reducer | None = None  # of this rank's shard, if it has one
         self._owned: list[Piece] = []  # the shard
 
@@ -156,7 +156,7 @@ class HierarchicalReducer(Member):
             ValueError: ``nodes`` does not speak of all ranks.
         """
         communicator = through_mpi(link, "hierarchical")
-        from .exchange import Exchange, Watch, labels_of, topology
+        from .exchange import Direct, Watch, labels_of, topology
 
         labels = labels_of(self._nodes, ranks)
         found_by = "shared memory" if self._nodes is None else f"nodes={self._nodes}"
@@ -177,7 +177,7 @@ class HierarchicalReducer(Member):
         group, together = private.Get_group(), self._topology.nodes[node]
         self._node, sent = node_of(private, self._topology, ranks, self._node_process_set)
         self._ledger.shared.mpi += sent
-        self._status = Exchange(private.Create_group(group.Incl(together)))
+        self._status = Direct(private.Create_group(group.Incl(together)))
         self._called = [ranks[place] for place in together]
         if local < self._topology.shards:
             owners = [others[local] for others in self._topology.nodes]

@@ -118,26 +118,24 @@ class MpiNode(Node):
 
     def _sum(self, rows: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         counts = [*lengths, *[0] * (self.size - len(lengths))]
-        mine = counts[self.rank]
-        counts[self.rank] = 0
-        received = torch.empty((self.size, mine), dtype=rows.dtype)
-        expected = [0 if rank == self.rank else mine for rank in range(self.size)]
-        self._communicator.Alltoallv(
-            [rows.view(-1).numpy(), (counts, [owner * rows.shape[1] for owner in range(self.size)])],
-            [received.view(-1).numpy(), (expected, [rank * mine for rank in range(self.size)])],
-        )
-        self.sent += sum(counts) * rows.element_size()
-        received[self.rank] = rows[self.rank, :mine]
+        received = torch.empty((self.size, counts[self.rank]), dtype=rows.dtype)
+        received[self.rank] = rows[self.rank, : counts[self.rank]]
+        self._swap([row[:count] for row, count in zip(rows, counts, strict=True)], list(received))
         for row in received[1:]:
             received[0] += row
         return received[0]
 
     def _gather(self, mine: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         gathered = torch.empty(sum(lengths), dtype=mine.dtype)
-        starts = [0, *np.cumsum(lengths)[:-1].tolist()]
-        self._communicator.Allgatherv(mine.numpy(), [gathered.numpy(), (lengths, starts)])
-        self.sent += mine.nbytes
+        parts = gathered.split(list(lengths))
+        parts[self.rank].copy_(mine)
+        self._swap([mine] * self.size, parts)
         return gathered
+
+    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
+        from .exchange import swap
+
+        self.sent += swap(self._communicator, [t.numpy() for t in outgoing], [t.numpy() for t in incoming])
 
 
 class HorovodNode(Node):
