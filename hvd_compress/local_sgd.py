@@ -134,7 +134,8 @@ class QsparseLocalSGD(Wrapped):
 
         Raises:
             NonFiniteError: a rank's parameters moved to inf or NaN. Every rank raises; parameters are back where
-                the round began and the memories are as they were.
+                the round began and the memories are as they were. The inner optimizer's own state is not: to go on,
+                clear it (``optimizer.optimizer.state.clear()``) or load a checkpoint.
             PeerError, RankMismatchError, WireError: the exchange failed, on every rank.
         """
         if self._local_steps == 0:
