@@ -207,7 +207,7 @@ class Sender(Member):
         flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         if flat.untyped_storage().nbytes() != flat.nbytes:  # who owns the rest may write to all of it
             flat = flat.clone()
-        is_small = len(flat) < self._dense_below
+        is_small = flat.numel() < self._dense_below
         if is_small and not self._memory.covers_small:
             return Pending(flat, compressed=False, remembered=False), Message.dense(flat.clone())
         x, other = self._memory.compensate(name, flat)
@@ -235,8 +235,8 @@ class Sender(Member):
             message = operator.encode(x, generator=generator)
         else:
             message = operator.add_encode(x, other, generator=generator)
-        if message.numel != len(x):
-            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {len(x)}")
+        if message.numel != x.numel():
+            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
         return message
 
     def _commit(self, pending: Mapping[str, Pending]) -> dict[str, Tensor]:

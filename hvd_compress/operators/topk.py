@@ -28,8 +28,8 @@ class TopK(Amount, Operator):
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
         flat = flatten(x)
-        k = self.count(len(flat))
-        if k == len(flat):
+        k = self.count(flat.numel())
+        if k == flat.numel():
             # A copy, since a message must not change when the caller goes on with x.
             return Message.dense(flat.clone().reshape(x.shape))
         indices, values = largest(flat, k)
@@ -37,8 +37,8 @@ class TopK(Amount, Operator):
 
     def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.add_encode`."""
-        k = self.count(len(x))
-        if k == len(x) or not native.serves(x, other):
+        k = self.count(x.numel())
+        if k == x.numel() or not native.serves(x, other):
             return super().add_encode(x, other)
         indices, values = native.add_top_k(x, other, k)
         return Message(tuple(x.shape), indices, Floats(values))

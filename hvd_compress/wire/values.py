@@ -66,7 +66,7 @@ class Floats(Values):
         return self.numbers
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return self.numbers.numel()
 
     def decode(self) -> Tensor:
         """See :class:`Values`."""
@@ -111,7 +111,7 @@ class Levels(Values):
         return self.parameters
 
     def __len__(self) -> int:
-        return len(self.levels)
+        return self.levels.numel()
 
     def times(self, factor: float | Tensor) -> Levels:
         """See :class:`Values`: every meaning below is linear in its parameters."""
