@@ -71,6 +71,7 @@ CHANGED = {
     r"(submit\.py (sweep \S+ )?--profile \S+)": r"\1 --dry-run",
     r"/path/to/imagenet": "images",
     r"paper torchvision short": "short",
+    r"--recipe \$recipe": "--recipe $recipe --arch resnet18",
 }
 """What commands are made of before they run, as regular expressions."""
 
