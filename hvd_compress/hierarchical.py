@@ -7,8 +7,6 @@ Each of the first ranks of a node owns a part of all elements, a *shard*. In one
 3. owners of the same shard on all nodes exchange compressed messages, with memory, as the flat exchange does,
 4. the ranks of a node agree on the outcome, memories are updated, and the owners hand out the result.
 
-The first three are done bucket by bucket, beside the backward pass.
-
 So the algorithms' worker is the node, whose vector is the mean over its ranks (weighted, where nodes have different
 numbers of ranks, so that the mean over nodes is the mean over ranks). Compressing by shards is piecewise compression,
 whose γ is the smallest piece's (arXiv 1906.02367, section 2, corollary on piecewise compression).
@@ -18,11 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
@@ -33,39 +27,22 @@ from .errors import PeerError, RankMismatchError
 from .ledger import Ledger
 from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
-from .node import MpiNode, Node, Parts, node_of
+from .node import MpiNode, Node, node_of
 from .operators import Operator, working_dtype
 from .pieces import Piece, cut, even_ends
 from .reducer import Reduced, Reducer
 from .schedules import Plan
 from .sender import Overflow
-from .side_stream import SideStream
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
 
-    from .exchange import Direct, Topology, Watch
+    from .exchange import Exchange, Topology, Watch
 
-STATE_FORMAT = "hierarchical 2"
-_OUTCOME = -1  # what a node's ranks tell each other in the end, in the place of a bucket
+STATE_FORMAT = "hierarchical 1"
+_START, _OUTCOME = range(2)  # what the ranks of a node tell each other in an exchange
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Agreement:
-    """Of a node's ranks about a bucket, which has been summed unless there is a failure."""
-
-    failure: Exception | None
-    overflow: bool  # a rank has met some elsewhere
-
-
-@dataclass(frozen=True)
-class _Departed:
-    """A bucket that is being summed inside the node."""
-
-    sums: dict[str, Tensor]  # of this rank's pieces, when that is done
-    arrival: Future[_Agreement]
 
 
 class HierarchicalReducer(Member):
@@ -75,11 +52,8 @@ class HierarchicalReducer(Member):
     many shards as the smallest has ranks; further ranks of other nodes own none. The result is the same, to the bit,
     on every rank.
 
-    A thread sums one bucket after the other inside the node, each as soon as its tensors are there. What it has
-    summed is compressed by this one, and travels to the other nodes while further buckets are summed.
-
-    Every bucket is divided among the shards, and a message is about one shard's piece of a tensor: an operator that
-    keeps k elements keeps k of each piece. At most as many tensors of a bucket as there are shards less one are cut.
+    A message is about one shard's piece of a tensor: an operator that keeps k elements keeps k of each piece. At most
+    as many tensors as there are shards less one are cut.
 
     Args:
         shapes, operator, memory, dense_below, seed, ledger: see :class:`hvd_compress.sender.Sender`. The memory is
@@ -122,22 +96,13 @@ class HierarchicalReducer(Member):
         self._place: Place | None = None
         self._watch: Watch | None = None
         self._loaded: dict[str, Any] | None = None  # a state that waits for the shards to be known
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="hvd_compress node")
-        self._side_stream = SideStream()
-        self._awaited = [set(names) for names in buckets]  # what came last time; the same on all ranks
-        self._here: set[str] = set()  # what was added since the last time, whether or not it could be
-        self._gone: set[str] = set()  # what has departed of it
-        self._departures = 0  # buckets since the last time
-        self._departed: deque[_Departed] = deque()  # those that were not handed to the shard's exchange yet
-        self._agreements: list[_Agreement] = []  # about the others
         self._told = False  # whether the node knows the outcome of this exchange
-        self._counted = 0  # bytes within the node that the ledger knows of
         # Once the ranks have met
         self._topology: Topology
-        self._shards: list[list[Piece]]  # in the order of tensors
+        self._shards: list[list[Piece]]
         self._called: list[int]  # Horovod's numbers of this node's ranks
         self._node: Node
-        self._status: Direct  # within the node
+        self._status: Exchange  # within the node
         self._inner: Reducer | None = None  # of this rank's shard, if it has one
         self._owned: list[Piece] = []  # the shard
 
@@ -156,14 +121,13 @@ class HierarchicalReducer(Member):
             ValueError: ``nodes`` does not speak of all ranks.
         """
         communicator = through_mpi(link, "hierarchical")
-        from .exchange import Direct, Watch, labels_of, topology
+        from .exchange import Exchange, Watch, labels_of, topology
 
         labels = labels_of(self._nodes, ranks)
         found_by = "shared memory" if self._nodes is None else f"nodes={self._nodes}"
         summed_by = "MPI" if self._node_process_set is None else "Horovod"
         expects = (
-            f"exchange hierarchical by {found_by}, summed by {summed_by}\n{len(self._buckets)} buckets\n"
-            f"{self._round} exchanges so far\n{expects}"
+            f"exchange hierarchical by {found_by}, summed by {summed_by}\n{self._round} exchanges so far\n{expects}"
         )
         mine = statement(self._shapes, self._operator, self._memory, self._dense_below, self._seed, expects)
         saved_as = None if self._loaded is None else self._loaded["place"]
@@ -171,13 +135,13 @@ class HierarchicalReducer(Member):
         self._ledger.shared.mpi += sent
         self._topology, sent = topology(private, labels)
         self._ledger.shared.mpi += sent
-        self._shards = self._divide()
+        self._shards = cut(self._sizes, even_ends(sum(self._sizes.values()), self._topology.shards))
         node, local = self._topology.place(place[0])
         self._check_loaded(private, node, local)
         group, together = private.Get_group(), self._topology.nodes[node]
         self._node, sent = node_of(private, self._topology, ranks, self._node_process_set)
         self._ledger.shared.mpi += sent
-        self._status = Direct(private.Create_group(group.Incl(together)))
+        self._status = Exchange(private.Create_group(group.Incl(together)))
         self._called = [ranks[place] for place in together]
         if local < self._topology.shards:
             owners = [others[local] for others in self._topology.nodes]
@@ -195,15 +159,6 @@ class HierarchicalReducer(Member):
             "exchange='hierarchical' keeps memories by node and cannot go on with another number of ranks: use "
             "exchange='allgather' here"
         )
-
-    def _divide(self) -> list[list[Piece]]:
-        """The pieces of each shard: its part of each bucket."""
-        shards: list[list[Piece]] = [[] for _ in range(self._topology.shards)]
-        for names in self._buckets:
-            sizes = {name: self._sizes[name] for name in sorted(names, key=self._ids.__getitem__)}
-            for pieces, part in zip(shards, cut(sizes, even_ends(sum(sizes.values()), len(shards))), strict=True):
-                pieces += part
-        return [sorted(pieces, key=lambda piece: self._ids[piece.name]) for pieces in shards]
 
     def _open_shard(self, across: MPI.Intracomm, shard: int, called: list[int], expects: str, timeout: float) -> None:
         """Meet the owners of the same shard on the other nodes."""
@@ -235,31 +190,20 @@ class HierarchicalReducer(Member):
         if anywhere.any():
             raise RankMismatchError(
                 f"the state of rank(s) {np.flatnonzero(anywhere).tolist()} was saved with other numbers of ranks on "
-                f"the nodes; here are {self._topology}: resume with as many on each (and the same bucket_cap_mb=), "
-                "or without the state"
+                f"the nodes; here are {self._topology}: resume with as many on each, or without the state"
             )
 
-    def _layout(self, node: int, local: int) -> list[Any]:
-        """This rank's part in the division of the elements."""
-        owned = self._shards[local] if local < len(self._shards) else []
-        pieces = [[piece.name, piece.start, piece.stop] for piece in owned]
-        return [node, len(self._topology.nodes), local, len(self._shards), pieces]
+    def _layout(self, node: int, local: int) -> list[int]:
+        return [node, len(self._topology.nodes), local, self._topology.shards]
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in ``tensor`` for the next exchange; see :meth:`hvd_compress.reducer.Reducer.add`."""
         if self._watch is not None:
             self._watch.begin()
-        if name in self._gone:
-            self.let_fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
-            return
         try:
             self._pending[name] = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
-        self._here.add(name)
-        self._depart_early()
-        while self._departed and self._departed[0].arrival.done():
-            self._hand_on()
 
     def let_fail(self, error: Exception) -> None:
         """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
@@ -280,26 +224,24 @@ class HierarchicalReducer(Member):
         """
         assert self._watch is not None, "open() comes first"
         self._watch.begin()
+        sent_before = self._node.sent + self._status.sent
         try:
             with self._ledger.timed("exchange"):
                 reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
                 return reduced.subtracted_from(minuends)
         finally:
-            sent = self._node.sent + self._status.sent
-            self._ledger.shared.node += sent - self._counted
-            self._counted = sent
+            self._ledger.shared.node += self._node.sent + self._status.sent - sent_before
             self._watch.end()
 
     def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
-        self._depart_rest(step, overflow_elsewhere)
-        while self._departed:
-            self._hand_on()
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
-        failures = [self._failure, *(agreement.failure for agreement in self._agreements)]
-        failure = next((error for error in failures if error is not None), None)
-        overflow_elsewhere = any(agreement.overflow for agreement in self._agreements)
-        self._forget()
-        self._told = False
+        failure, self._pending, self._failure, self._told = self._failure, {}, None, False
+        failure, overflow_elsewhere = self._agree_to_start(list(pending), step, failure, overflow_elsewhere)
+        try:
+            if failure is None:
+                self._sum_in_node(pending)
+        except Exception as error:
+            failure = error
         try:
             sums, overflow = self._sum_over_nodes(pending, failure, step, divisor, overflow_elsewhere)
         except Exception as error:
@@ -307,10 +249,23 @@ class HierarchicalReducer(Member):
                 self._tell(error)
             raise
         self._round += 1
-        self._awaited = [{*names} & pending.keys() for names in self._buckets]
         for parts in self._parts(sums).values():
             self._node.share(parts)
         return Reduced(sums, overflow)
+
+    def _sum_in_node(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the sums of what this rank owns to the shard's exchange."""
+        if tensors and self._round == self._node.rank == 0:
+            self._advise(next(iter(tensors.values())).device)
+        owned = [piece for piece in self._owned if piece.name in tensors]
+        sums = {piece.name: self._room(tensors[piece.name][piece.start : piece.stop]) for piece in owned}
+        for dtype, parts in self._parts(tensors).items():
+            self._node.sum_at_owners(parts, [sums[p.name] for p in owned if tensors[p.name].dtype == dtype])
+        for name, flat in reversed(sums.items()):  # as buckets depart
+            assert self._inner is not None
+            if self._inner.size != self.size:
+                flat.mul_(self._inner.size / self.size)
+            self._inner.add(name, flat)
 
     def _sum_over_nodes(
         self,
@@ -338,49 +293,6 @@ class HierarchicalReducer(Member):
                 sums[name][start:stop] = reduced.sums[name]
         return sums, reduced.overflow
 
-    def _forget(self) -> None:
-        """Whatever was added for an exchange."""
-        self._pending, self._failure, self._agreements, self._departures = {}, None, [], 0
-        self._here.clear()
-        self._gone.clear()
-        self._departed.clear()  # on other ranks they depart too, so they must not be stopped here
-
-    # Departures within the node. As in the flat exchange, they depend on nothing but the tensors that were added.
-
-    def _depart_early(self) -> None:
-        """Send off what may go before :meth:`reduce`: all but the last bucket, in order."""
-        while self.is_open and self._departures < len(self._buckets) - 1:
-            if not self._awaited[self._departures] <= self._here:
-                return
-            self._depart(self._awaited[self._departures], self._round)
-
-    def _depart_rest(self, step: int, overflow: bool) -> None:
-        while self._departures < len(self._buckets) - 1:
-            self._depart(self._awaited[self._departures], self._round)
-        self._depart(self._here - self._gone, step, overflow)  # with what was not awaited where it belongs
-
-    def _depart(self, names: set[str], step: int, overflow: bool = False) -> None:
-        tensors = {name: flat for name, flat in self._pending.items() if name in names}
-        mine = {
-            "step": step,
-            "ids": sorted(self._ids[name] for name in tensors),
-            "overflow": overflow,
-            "failure": None if self._failure is None else _text(self._failure),
-        }
-        owned = [piece for piece in self._owned if piece.name in tensors]
-        sums = {piece.name: self._room(tensors[piece.name][piece.start : piece.stop]) for piece in owned}
-        batches = [
-            (parts, [sums[piece.name] for piece in owned if tensors[piece.name].dtype == dtype])
-            for dtype, parts in self._parts(tensors).items()
-        ]
-        device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
-        if self._round == self._departures == self._node.rank == 0:
-            self._advise(device)
-        job = partial(self._sum_in_node, self._departures, mine, batches)
-        self._departed.append(_Departed(sums, self._worker.submit(self._side_stream.after_now(device, job))))
-        self._departures += 1
-        self._gone.update(tensors)
-
     def _room(self, piece: Tensor) -> Tensor:
         """For the sum over the node, whose storage the memory may take."""
         return piece if self._node.size == 1 else torch.empty_like(piece)
@@ -406,47 +318,25 @@ class HierarchicalReducer(Member):
                 "hvd.init(process_sets='dynamic') and Compression.…(node_process_set=hvd_compress.node_process_set())"
             )
 
-    def _sum_in_node(
-        self, place: int, mine: dict[str, Any], batches: Sequence[tuple[Parts, list[Tensor]]]
-    ) -> _Agreement:
-        """In the node's thread."""
-        try:
-            agreement = self._agree_to_sum(place, mine)
-            for parts, sums in batches if agreement.failure is None else ():
-                self._node.sum_at_owners(parts, sums, place)
-        except Exception as error:
-            return _Agreement(error, False)
-        return agreement
-
-    def _hand_on(self) -> None:
-        """Give the first bucket that has departed to the shard's exchange."""
-        bucket = self._departed.popleft()
-        agreement = bucket.arrival.result()
-        self._agreements.append(agreement)
-        if self._inner is None or agreement.failure is not None:
-            return
-        for name, flat in reversed(bucket.sums.items()):
-            if self._inner.size != self.size:
-                flat.mul_(self._inner.size / self.size)
-            self._inner.add(name, flat)
-
     # What the ranks of a node tell each other
 
-    def _agree_to_sum(self, place: int, mine: dict[str, Any]) -> _Agreement:
-        """Whether the node's ranks have the same tensors to sum."""
-        told = self._exchange(mine, place)
-        failure: Exception | None = self._peer_error(told)
+    def _agree_to_start(
+        self, names: list[str], step: int, failure: Exception | None, overflow_elsewhere: bool
+    ) -> tuple[Exception | None, bool]:
+        """Why the node cannot send, if so, and whether one of its ranks has met an overflow elsewhere."""
+        ids = [self._ids[name] for name in names]
+        text = None if failure is None else _text(failure)
+        told = self._exchange({"step": step, "ids": ids, "overflow": overflow_elsewhere, "failure": text}, _START)
+        failure = failure or self._peer_error(told)
         for rank, its in zip(self._called, told, strict=True):
-            if failure is None and its["step"] != mine["step"]:
-                failure = RankMismatchError(
-                    f"rank {rank} exchanges at step {its['step']}, this rank at step {mine['step']}"
-                )
+            if failure is None and its["step"] != step:
+                failure = RankMismatchError(f"rank {rank} exchanges at step {its['step']}, this rank at step {step}")
         sets = [{*its["ids"]} for its in told]
         different = set.union(*sets) - set.intersection(*sets)
         if failure is None and different:
             which = ", ".join(name for name, id in self._ids.items() if id in different)
             failure = RankMismatchError(f"the ranks do not send the same tensors: {which}")
-        return _Agreement(failure, any(its["overflow"] for its in told))
+        return failure, any(its["overflow"] for its in told)
 
     def _agree(self, overflow: Overflow) -> Overflow:
         """The overflow of all of the node's shards; raises what another one has met."""
@@ -516,16 +406,14 @@ class HierarchicalReducer(Member):
         if self.is_open and state["place"] is not None:
             here = self._layout(*self._topology.place(self.rank))
             if (tuple(state["place"]), state["layout"]) != (self._place, here):
-                raise ValueError(
-                    "the state is another rank's, or of other numbers of ranks on the nodes or another bucket_cap_mb="
-                )
+                raise ValueError("the state is another rank's, or of other numbers of ranks on the nodes")
         if self._inner is not None and state["inner"] is not None:
             self._inner.load_state_dict(state["inner"])
         elif not self.is_open:
             self._loaded = None if state["place"] is None else {**state, "place": tuple(state["place"])}
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed = state["round"], state["seed"]
-        self._forget()
+        self._pending, self._failure = {}, None
         if self._watch is not None:
             self._watch.give_up()
 

@@ -47,20 +47,19 @@ class Node(ABC):
         # State
         self.sent = 0  # bytes of all send buffers handed over so far
 
-    def sum_at_owners(self, parts: Parts, sums: Sequence[Tensor], place: int = 0) -> None:
+    def sum_at_owners(self, parts: Parts, sums: Sequence[Tensor]) -> None:
         """``sums`` become the sums over ranks of ``parts[self.rank]``. Collective.
 
         Args:
             parts: one-dimensional, float32 or float64, of the same lengths and one dtype and device on all ranks.
             sums: as long as this rank's part, empty if it has none. On a single rank they are its part itself.
-            place: which sum of a sequence that repeats this is; the same on all ranks.
         """
         for number, ranges, like in self._rounds(parts):
             lengths = [stop - start for start, stop in ranges]
             rows = self._buffer(like, (self.size, max(lengths)))
             for owner, (start, stop) in enumerate(ranges):
                 _read(parts[owner], start, stop, rows[owner])
-            total = self._sum(rows, lengths, f"sum.{place}.{number}")
+            total = self._sum(rows, lengths, f"sum.{number}")
             if self.rank < len(parts):
                 _write(sums, *ranges[self.rank], total)
 
@@ -118,24 +117,26 @@ class MpiNode(Node):
 
     def _sum(self, rows: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         counts = [*lengths, *[0] * (self.size - len(lengths))]
-        received = torch.empty((self.size, counts[self.rank]), dtype=rows.dtype)
-        received[self.rank] = rows[self.rank, : counts[self.rank]]
-        self._swap([row[:count] for row, count in zip(rows, counts, strict=True)], list(received))
+        mine = counts[self.rank]
+        counts[self.rank] = 0
+        received = torch.empty((self.size, mine), dtype=rows.dtype)
+        expected = [0 if rank == self.rank else mine for rank in range(self.size)]
+        self._communicator.Alltoallv(
+            [rows.view(-1).numpy(), (counts, [owner * rows.shape[1] for owner in range(self.size)])],
+            [received.view(-1).numpy(), (expected, [rank * mine for rank in range(self.size)])],
+        )
+        self.sent += sum(counts) * rows.element_size()
+        received[self.rank] = rows[self.rank, :mine]
         for row in received[1:]:
             received[0] += row
         return received[0]
 
     def _gather(self, mine: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         gathered = torch.empty(sum(lengths), dtype=mine.dtype)
-        parts = gathered.split(list(lengths))
-        parts[self.rank].copy_(mine)
-        self._swap([mine] * self.size, parts)
+        starts = [0, *np.cumsum(lengths)[:-1].tolist()]
+        self._communicator.Allgatherv(mine.numpy(), [gathered.numpy(), (lengths, starts)])
+        self.sent += mine.nbytes
         return gathered
-
-    def _swap(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> None:
-        from .exchange import swap
-
-        self.sent += swap(self._communicator, [t.numpy() for t in outgoing], [t.numpy() for t in incoming])
 
 
 class HorovodNode(Node):

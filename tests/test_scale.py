@@ -111,27 +111,17 @@ def test_more_elements_than_an_int32_counts() -> None:
 class NodesByDefinition:
     """Top-k with error feedback where the worker is the node, computed on one rank from the definition."""
 
-    def __init__(
-        self, nodes: Sequence[int], k: int, dense_below: int, buckets: Sequence[Sequence[str]] = (tuple(SHAPES),)
-    ) -> None:
+    def __init__(self, nodes: Sequence[int], k: int, dense_below: int) -> None:
         labels = list(dict.fromkeys(nodes))
         self.members = [[r for r, n in enumerate(nodes) if n == label] for label in labels]
         self.shards = min(map(len, self.members))
-        self.buckets = buckets
         self.k, self.dense_below = k, dense_below
         self.memories: list[dict[tuple[str, int], Tensor]] = [{} for _ in labels]
 
     def average(self, by_rank: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        result = {name: torch.zeros(t.numel()) for name, t in by_rank[0].items()}
-        for bucket in self.buckets:
-            self._average(by_rank, [name for name in SHAPES if name in bucket], result)
-        return {name: t.view(by_rank[0][name].shape) for name, t in result.items()}
-
-    def _average(
-        self, by_rank: Sequence[Mapping[str, Tensor]], names: Sequence[str], result: Mapping[str, Tensor]
-    ) -> None:
         ranks, workers = len(by_rank), len(self.members)
-        sizes = {name: math.prod(SHAPES[name]) for name in names}
+        result = {name: torch.zeros(t.numel()) for name, t in by_rank[0].items()}
+        sizes = {name: math.prod(shape) for name, shape in SHAPES.items()}
         total, offset = sum(sizes.values()), 0
         bounds = [total * i // self.shards for i in range(self.shards + 1)]
         for name, size in sizes.items():
@@ -143,6 +133,7 @@ class NodesByDefinition:
                     x = sum(by_rank[r][name].reshape(-1)[start:stop] for r in together) * (workers / ranks)
                     result[name][start:stop] += self._sent(node, (name, start), torch.as_tensor(x)) / workers
             offset += size
+        return {name: t.view(by_rank[0][name].shape) for name, t in result.items()}
 
     def _sent(self, node: int, key: tuple[str, int], x: Tensor) -> Tensor:
         if len(x) < self.dense_below:

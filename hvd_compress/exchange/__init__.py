@@ -1,7 +1,6 @@
 """Ranks and buffers. Knows mpi4py, and nothing of tensors or optimizers."""
 
 from .communicator import abort_on_uncaught_exception, check_world
-from .direct import Direct, swap
 from .gather import Exchange
 from .probe import probe, union
 from .rendezvous import rendezvous
@@ -11,7 +10,6 @@ from .topology import Topology, labels_of, topology
 from .watch import Watch
 
 __all__ = [
-    "Direct",
     "Exchange",
     "Scatter",
     "Service",
@@ -22,7 +20,6 @@ __all__ = [
     "labels_of",
     "probe",
     "rendezvous",
-    "swap",
     "topology",
     "union",
 ]
