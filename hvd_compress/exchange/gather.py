@@ -87,20 +87,25 @@ class Exchange:
 
 
 class _Forecast:
-    """How many bytes each rank will send: as many as last time, and twice as many as their number has changed by."""
+    """How many bytes each rank will send.
+
+    As many as last time, give or take twice what their number has changed by of late. More where that is little, so
+    that one collective is enough; less where it is much: a second collective carries the rest, and hardly a byte
+    travels in vain.
+    """
 
     def __init__(self, size: int) -> None:
         self.lengths = np.zeros(size, np.int64)
         self._last: Lengths | None = None
-        self._spread = np.zeros(size, np.int64)  # the largest change of late, within bounds
+        self._spread = np.zeros(size, np.int64)  # the largest change of late
 
     def learn(self, lengths: Lengths) -> None:
         """These were sent."""
         if self._last is not None:
-            changes = np.maximum(np.abs(lengths - self._last), self._spread * 7 // 8)
-            self._spread = np.minimum(changes, lengths // 64)  # a jump is not expected to come again
+            self._spread = np.maximum(np.abs(lengths - self._last), self._spread * 7 // 8)
         self._last = lengths
-        self.lengths = lengths + 2 * self._spread
+        is_steady = self._spread <= lengths // 64
+        self.lengths = np.maximum(np.where(is_steady, lengths + 2 * self._spread, lengths - 2 * self._spread), 0)
         if self.lengths.sum() + len(lengths) * _LENGTH_BYTES > LIMIT:
             self.lengths = np.zeros_like(lengths)
 
