@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -243,7 +244,8 @@ class TestInterruption:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
     def test_one_rank_is_told_and_all_stop(self, number: int) -> None:
         ended = launch(3, ["-c", INTERRUPTED, "1", str(int(number))])
-        assert "stopped [5, 5, 5]" in ended.stdout
+        # Another thread of the rank may be handed the signal, and Python hear of it a moment later: then step 6.
+        assert re.search(r"^stopped \[([56]), \1, \1\]$", ended.stdout, re.MULTILINE), ended.stdout
         assert ended.returncode == 75
 
     def test_ctrl_c_twice(self) -> None:
