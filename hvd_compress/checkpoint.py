@@ -246,7 +246,9 @@ class Interruption:
     @property
     def requested(self) -> bool:
         """Whether this rank has been told to stop."""
-        return self._requested or bool(signal.sigpending() & self._blocked)
+        if signal.sigpending() & self._blocked:
+            self._requested = True  # another thread may take the signal, and is then not heard of for a moment
+        return self._requested
 
     def agreed(self) -> bool:
         """Whether any rank has been told to stop: the same answer on all ranks. Collective.
