@@ -234,14 +234,15 @@ Kth<Word> kth_largest_above(const std::vector<Span<Word>>& spans, Index k, Word 
     Index above = 0;
     Word bin = bins - 1;
     while (above + counts[bin] < k) above += counts[bin--];
-    std::vector<Word> among;
-    among.reserve(counts[bin] + 1);
+    const std::unique_ptr<Word[]> among(new Word[counts[bin] + 1]);  // one more, so that there need be no branch
+    Index found = 0;
     for (const auto& span : spans) {
         for (Index i = 0; i < span.count; ++i) {
-            if (bin_of(span.bits[i]) == bin) among.push_back(span.bits[i]);
+            among[found] = span.bits[i];
+            found += bin_of(span.bits[i]) == bin;
         }
     }
-    const Span<Word> rest{among.data(), static_cast<Index>(among.size())};
+    const Span<Word> rest{among.get(), found};
     const Kth<Word> kth = kth_largest(&rest, 1, k - above);
     return {kth.value, above + kth.above};
 }
