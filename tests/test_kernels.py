@@ -209,6 +209,21 @@ def test_sum_at_of_many_by_several_threads() -> None:
     assert equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("start", range(17))
+def test_sum_at_writes_all_of_a_large_vector_and_nothing_else(start: int, dtype: torch.dtype) -> None:
+    numel = 100_000 + start  # written past the caches, in lines, of which the first and the last may be incomplete
+    around = torch.full((numel + 40,), 7, dtype=dtype)
+    flat = around[start : start + numel]
+    places = torch.tensor([0, 1, 5000, numel - 2, numel - 1])
+    sum_at(flat, [places, places[1:]], [torch.ones(5, dtype=dtype), torch.ones(4, dtype=dtype)], 2.0)
+    expected = torch.zeros(numel, dtype=dtype)
+    expected[places] = torch.tensor([0.5, 1, 1, 1, 1], dtype=dtype)
+    assert torch.equal(flat, expected)
+    assert bool((around[:start] == 7).all())
+    assert bool((around[start + numel :] == 7).all())
+
+
 @pytest.mark.parametrize("loop", [sum_at, subtract_at])
 @pytest.mark.parametrize("places", [[-1, 2], [3, 10], [4, 4], [5, 3]])
 def test_sums_at_bad_indices_change_nothing(loop: Callable[..., None], places: list[int]) -> None:

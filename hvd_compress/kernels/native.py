@@ -34,6 +34,11 @@ def description() -> str:
     return f"compiled, {_UNIT.name}" if _available else "torch"
 
 
+def is_here() -> bool:
+    """Whether the loops could be built."""
+    return _available
+
+
 def serves(*tensors: Tensor) -> bool:
     """Whether the loops are there and can read ``tensors``: contiguous, on the CPU, and of a dtype they have."""
     if not _available:
@@ -84,6 +89,31 @@ def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], di
 def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float) -> None:
     """:func:`.vectors.subtract_at`."""
     _native.subtract_at(flat.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], divisor)
+
+
+def uniform(seed: int, n: int, dtype: torch.dtype) -> Tensor:
+    """:func:`.draws.uniform_of`."""
+    draw = _native.uniform32 if dtype == torch.float32 else _native.uniform64
+    return torch.from_numpy(draw(seed, n, torch.get_num_threads()))
+
+
+def round_by_chance(
+    flat: Tensor, offset: float, steps: Tensor, bucket: int, least: int, most: int, seed: int
+) -> Tensor:
+    """:func:`.rounding.round_by_chance` with the draws of a seed; ``bucket`` is 1 or more."""
+    threads = torch.get_num_threads()
+    levels = _native.round_by_chance(flat.numpy(), offset, steps.numpy(), bucket, least, most, seed, threads)
+    return torch.from_numpy(levels)
+
+
+def choose_by_chance(flat: Tensor, table: Tensor, seed: int) -> Tensor:
+    """:func:`.rounding.choose_by_chance` with the draws of a seed."""
+    return torch.from_numpy(_native.choose_by_chance(flat.numpy(), table.numpy(), seed, torch.get_num_threads()))
+
+
+def look_up(table: Tensor, levels: Tensor) -> Tensor:
+    """:func:`.rounding.look_up`."""
+    return torch.from_numpy(_native.look_up(table.numpy(), levels.numpy(), torch.get_num_threads()))
 
 
 def encode_indices(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor, list[int]]:

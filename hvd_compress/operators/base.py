@@ -96,25 +96,6 @@ def flatten(x: Tensor) -> Tensor:
     return x.detach().to(working_dtype(x.dtype)).reshape(-1)
 
 
-def uniform(n: int, generator: torch.Generator | None, like: Tensor) -> Tensor:
-    """n draws from [0, 1) on the device and of the dtype of ``like``."""
-    generator = generator or own_generator(like.device)
-    return torch.rand(n, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
-
-
-def draw_seed(generator: torch.Generator | None) -> int:
-    """A seed for draws that a receiver repeats, 0 ≤ seed < 2^62."""
-    generator = generator or own_generator(torch.device("cpu"))
-    return int(torch.randint(0, 1 << 62, (), generator=generator, device=generator.device))
-
-
-def own_generator(device: torch.device) -> torch.Generator:
-    """A generator seeded by the operating system."""
-    generator = torch.Generator(device)
-    generator.seed()
-    return generator
-
-
 def check_steps(levels: int | None, bits: int | None, largest: int, steps_of: Callable[[int], int]) -> int:
     """The number of steps from exactly one of ``levels=`` and ``bits=``.
 

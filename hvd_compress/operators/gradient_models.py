@@ -90,13 +90,14 @@ def fit_laplace(flat: Tensor) -> Tensor:
 def fit_power_law(flat: Tensor) -> PowerLaw | None:
     """Maximum likelihood of the tail above the 90 % quantile of the magnitudes, γ kept within (3, 5].
 
-    None when there is no tail to speak of: fewer than two elements above the quantile, or a body of zeros.
+    None when there is no tail to speak of: fewer than two elements above the quantile, a body of zeros, or anything
+    that is not finite.
     """
     magnitude = flat.abs()
     if len(flat) < 20:
         return None
     g_min = torch.kthvalue(magnitude, int(QUANTILE * len(flat))).values
-    above = magnitude > g_min
+    above = ~(magnitude <= g_min)  # NaN too
     logarithms = torch.where(above, (magnitude / g_min).log(), 0.0).sum()
     # One transfer for the three.
     low, count, total = torch.stack([g_min, above.sum().to(g_min.dtype), logarithms]).tolist()

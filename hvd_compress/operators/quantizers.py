@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..kernels import hadamard, next_power_of_two, random_signs
+from ..kernels import draw_seed, hadamard, next_power_of_two, random_signs, round_by_chance
 from ..wire import Message, Range, Symmetric
 from ..wire import Rotated as RotatedValues
-from .base import Quantizer, check_steps, draw_seed, flatten, uniform
+from .base import Quantizer, check_steps, flatten
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,8 @@ class QSGD(Quantizer):
         flat = flatten(x)
         rows = _rows(flat, self.bucket)
         scale = rows.abs().amax(1) if self.norm == "max" else torch.linalg.vector_norm(rows, dim=1)
-        step = (scale / self.s).unsqueeze(1)
-        # 0/0, an all-zero row, is zero; what is not finite is told by the scale.
-        steps = (rows / step).nan_to_num_(0.0, 0.0, 0.0).reshape(-1)[: len(flat)]
-        signed = _round_up_by_chance(steps, generator).clamp_(-self.s, self.s)
-        levels = (signed + self.s).to(torch.uint8 if 2 * self.s < 256 else torch.int64)
+        # In a row of zeros, 0/0 counts as zero; what is not finite is told by the scale.
+        levels = round_by_chance(flat, flat.new_zeros(()), scale / self.s, self.bucket, -self.s, self.s, generator)
         return Message(tuple(x.shape), None, Symmetric(levels, scale, self.s, self.bucket))
 
 
@@ -269,20 +266,11 @@ def _rows(flat: Tensor, bucket: int) -> Tensor:
     return rows.reshape(-1, bucket)
 
 
-def _round_up_by_chance(steps: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Magnitudes rounded up with the probability of their fractional part, signs kept."""
-    magnitude = steps.abs()
-    floor = magnitude.floor()
-    up = uniform(len(steps), generator, steps) < magnitude - floor
-    return (floor + up) * steps.sign()
-
-
 def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator | None) -> Range:
     """``flat`` rounded without bias to s steps between two extremes, and cut there."""
     low, high = extremes[0], extremes[1]
-    steps = ((flat - low) / ((high - low) / s)).nan_to_num_(0.0, 0.0, 0.0).clamp_(0, s)
-    levels = _round_up_by_chance(steps, generator)
-    return Range(levels.to(torch.uint8 if s < 256 else torch.int64), extremes, s)
+    levels = round_by_chance(flat, low, ((high - low) / s).reshape(1), 0, 0, s, generator)
+    return Range(levels, extremes, s)
 
 
 def _extremes(flat: Tensor) -> Tensor:

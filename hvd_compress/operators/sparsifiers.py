@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import draw_seed
 from ..wire import Block, Floats, Message, Subset
 from .amount import Amount
-from .base import Operator, draw_seed, flatten
+from .base import Operator, flatten
 from .topk import TopK, largest
 
 

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..kernels import choose_by_chance
 from ..wire import Codebook, Levels, Message, Range
-from .base import Quantizer, check_steps, flatten, uniform
+from .base import Quantizer, check_steps, flatten
 from .gradient_models import Laplace, PowerLaw, fit_laplace, fit_power_law
 
 Model = Laplace | PowerLaw
@@ -78,11 +79,7 @@ class Truncated(Quantizer):
         """See :meth:`Operator.encode`."""
         flat = flatten(x)
         table = self._fitted(flat)
-        inside = torch.maximum(torch.minimum(flat, table[-1]), table[0])
-        above = torch.searchsorted(table, inside.contiguous()).clamp_(1, self.s)
-        low, high = table[above - 1], table[above]
-        up = uniform(len(flat), generator, flat) < ((inside - low) / (high - low)).nan_to_num_(0.0)
-        levels = (above - 1 + up).to(torch.uint8 if self.s < 256 else torch.int64)
+        levels = choose_by_chance(flat, table, generator)
         return Message(tuple(x.shape), None, self._values(levels, table))
 
     def _values(self, levels: Tensor, table: Tensor) -> Levels:
@@ -95,7 +92,8 @@ class Truncated(Quantizer):
             return torch.tensor(self.table(fitted), dtype=flat.dtype, device=flat.device)
         # A Laplace distribution's levels are in proportion to its scale, which need not leave the device.
         normalised = torch.tensor(_cached_table(self), dtype=flat.dtype, device=flat.device)
-        return normalised * fit_laplace(flat)
+        scale = fit_laplace(flat)
+        return normalised * torch.where(torch.isfinite(scale), scale, torch.nan)  # which receivers see everywhere
 
 
 @dataclass(frozen=True)

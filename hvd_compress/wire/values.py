@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..kernels import hadamard, random_signs
+from ..kernels import hadamard, look_up, random_signs
+
+_WORTH_A_TABLE = 1 << 12  # levels: fewer are computed in the time that it takes to make one
 
 
 class Values(ABC):
@@ -106,6 +108,21 @@ class Levels(Values):
         """Of each level on the wire."""
 
     @property
+    @abstractmethod
+    def highest(self) -> int:
+        """The highest level that means something."""
+
+    @abstractmethod
+    def meaning(self, levels: Tensor) -> Tensor:
+        """The values of ``levels`` [n], of any integer dtype: of the dtype and on the device of the parameters."""
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        if len(self.levels) < max(self.highest, _WORTH_A_TABLE):
+            return self.meaning(self.levels)
+        return look_up(self.meaning(torch.arange(self.highest + 1, device=self.levels.device)), self.levels)
+
+    @property
     def floats(self) -> Tensor:
         """See :class:`Values`."""
         return self.parameters
@@ -141,14 +158,23 @@ class Symmetric(Levels):
         """See :class:`Levels`."""
         return (2 * self.s).bit_length()
 
-    def decode(self) -> Tensor:
-        """See :class:`Values`."""
-        signed = self.levels.to(self.parameters.dtype) - self.s
+    @property
+    def highest(self) -> int:
+        """See :class:`Levels`."""
+        return 2 * self.s
+
+    def meaning(self, levels: Tensor) -> Tensor:
+        """See :class:`Levels`; in buckets ``levels`` are all that there are."""
+        signed = levels.to(self.parameters.dtype) - self.s
         if not self.bucket:
             return self.parameters * signed / self.s
         # A bucket may be said to be of any size: no more is made of it than there are values.
         scale = self.parameters.repeat_interleave(min(self.bucket, len(signed)))[: len(signed)]
         return scale * signed / self.s
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.meaning(self.levels) if self.bucket else super().decode()
 
     def nonzero(self) -> Tensor | None:
         """See :class:`Values`. In buckets a value's place tells its scale."""
@@ -177,10 +203,15 @@ class Range(Levels):
         """See :class:`Levels`."""
         return self.s.bit_length()
 
-    def decode(self) -> Tensor:
-        """See :class:`Values`."""
+    @property
+    def highest(self) -> int:
+        """See :class:`Levels`."""
+        return self.s
+
+    def meaning(self, levels: Tensor) -> Tensor:
+        """See :class:`Levels`."""
         low, high = self.parameters[0], self.parameters[1]
-        return low + self.levels.to(self.parameters.dtype) * ((high - low) / self.s)
+        return low + levels.to(self.parameters.dtype) * ((high - low) / self.s)
 
 
 @dataclass(frozen=True)
@@ -192,9 +223,14 @@ class Codebook(Levels):
         """See :class:`Levels`."""
         return max(1, (len(self.parameters) - 1).bit_length())
 
-    def decode(self) -> Tensor:
-        """See :class:`Values`."""
-        return self.parameters[self.levels.to(torch.int64)]
+    @property
+    def highest(self) -> int:
+        """See :class:`Levels`."""
+        return len(self.parameters) - 1
+
+    def meaning(self, levels: Tensor) -> Tensor:
+        """See :class:`Levels`."""
+        return self.parameters[levels.to(torch.int64)]
 
 
 @dataclass(frozen=True)

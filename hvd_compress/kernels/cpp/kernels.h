@@ -60,6 +60,26 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
 template <class Float>
 void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor);
 
+// rounding.cpp. n draws from [0, 1), which depend on the seed and their number only.
+template <class Float>
+void uniform(std::uint64_t seed, Index n, int threads, Float* draws);
+
+// levels[i] is how many steps x[i] lies above the offset, cut at least and most, rounded to one of the two nearest whole
+// numbers by draw i, less `least`. Each `bucket` (1 or more) elements share one of the steps.
+template <class Float, class Level>
+void round_by_chance(const Float* x, Index n, Float offset, const Float* steps, Index bucket, std::int32_t least,
+                     std::int32_t most, std::uint64_t seed, int threads, Level* levels);
+
+// levels[i] is the place of one of the two table entries around x[i], chosen by draw i. The table ascends and has two
+// entries or more, all finite or all NaN.
+template <class Float, class Level>
+void choose_by_chance(const Float* x, Index n, const Float* table, Index entries, std::uint64_t seed, int threads,
+                      Level* levels);
+
+// values[i] = table[levels[i]]. Throws std::out_of_range.
+template <class Float, class Level>
+void look_up(const Float* table, Index entries, const Level* levels, Index n, int threads, Float* values);
+
 // streams.cpp. One message's place in the index streams; see wire/indices.py.
 struct Row {
     Index count;      // indices

@@ -136,6 +136,74 @@ void subtract_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices
     subtract_at(x, n, parts, divisor);
 }
 
+template <class Float>
+Array<Float> uniform_of(std::uint64_t seed, Index n, int threads) {
+    require(n >= 0, "n must be 0 or more");
+    Array<Float> draws(n);
+    Float* to = draws.mutable_data();
+    {
+        py::gil_scoped_release released;
+        uniform(seed, n, threads, to);
+    }
+    return draws;
+}
+
+// An array of n levels of the narrowest type that holds all of them, filled by work(pointer) without the lock.
+template <class Work>
+py::array levels_by(Index n, Index highest, const Work& work) {
+    const auto fill = [&](auto levels) -> py::array {
+        auto* const to = levels.mutable_data();
+        {
+            py::gil_scoped_release released;
+            work(to);
+        }
+        return levels;
+    };
+    return highest < 256 ? fill(Array<std::uint8_t>(n)) : fill(Array<Index>(n));
+}
+
+template <class Float>
+py::array round_by_chance_of(const Array<Float>& flat, Float offset, const Array<Float>& steps, Index bucket,
+                             std::int32_t least, std::int32_t most, std::uint64_t seed, int threads) {
+    require_vector(flat, "flat");
+    require_vector(steps, "steps");
+    require(bucket >= 1, "a bucket has one element or more");
+    require(steps.size() >= (flat.size() + bucket - 1) / bucket, "there must be a step for each bucket");
+    require(-65536 < least && least < most && most < 65536, "levels must have up to 16 bits");
+    const Float *x = flat.data(), *s = steps.data();
+    const Index n = flat.size();
+    return levels_by(n, most - least, [&](auto* levels) {
+        round_by_chance(x, n, offset, s, bucket, least, most, seed, threads, levels);
+    });
+}
+
+template <class Float>
+py::array choose_by_chance_of(const Array<Float>& flat, const Array<Float>& table, std::uint64_t seed, int threads) {
+    require_vector(flat, "flat");
+    require_vector(table, "table");
+    require(2 <= table.size() && table.size() <= 65536, "a table has 2 to 65536 entries");
+    const Float *x = flat.data(), *t = table.data();
+    const Index n = flat.size(), entries = table.size();
+    return levels_by(n, entries - 1,
+                     [&](auto* levels) { choose_by_chance(x, n, t, entries, seed, threads, levels); });
+}
+
+template <class Float, class Level>
+Array<Float> look_up_of(const Array<Float>& table, const Array<Level>& levels, int threads) {
+    require_vector(table, "table");
+    require_vector(levels, "levels");
+    const Float* t = table.data();
+    const Level* l = levels.data();
+    const Index entries = table.size(), n = levels.size();
+    Array<Float> values(n);
+    Float* to = values.mutable_data();
+    {
+        py::gil_scoped_release released;
+        look_up(t, entries, l, n, threads, to);
+    }
+    return values;
+}
+
 struct Table {
     const Row* rows;
     Index messages;
@@ -253,6 +321,13 @@ void bind_floats(py::module_& module) {
                "values"_a.noconvert(), "divisor"_a, "threads"_a);
     module.def("subtract_at", &subtract_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
                "values"_a.noconvert(), "divisor"_a);
+    module.def("round_by_chance", &round_by_chance_of<Float>, "flat"_a.noconvert(), "offset"_a, "steps"_a.noconvert(),
+               "bucket"_a, "least"_a, "most"_a, "seed"_a, "threads"_a);
+    module.def("choose_by_chance", &choose_by_chance_of<Float>, "flat"_a.noconvert(), "table"_a.noconvert(), "seed"_a,
+               "threads"_a);
+    module.def("look_up", &look_up_of<Float, std::uint8_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
+               "threads"_a);
+    module.def("look_up", &look_up_of<Float, Index>, "table"_a.noconvert(), "levels"_a.noconvert(), "threads"_a);
 }
 
 }  // namespace
@@ -265,6 +340,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("vector_units", &vector_units);
     bind_floats<float>(module);
     bind_floats<double>(module);
+    module.def("uniform32", &uniform_of<float>, "seed"_a, "n"_a, "threads"_a);
+    module.def("uniform64", &uniform_of<double>, "seed"_a, "n"_a, "threads"_a);
     module.def("encode_indices", &encode_indices_of, "indices"_a.noconvert(), "table"_a.noconvert());
     module.def("decode_indices", &decode_indices_of, "unary"_a.noconvert(), "fixed"_a.noconvert(),
                "table"_a.noconvert());
