@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from test_kernels import AWKWARD, FLOATS, equal
 from torch import Tensor
 
-from hvd_compress.kernels import choose_by_chance, look_up, round_by_chance
+from hvd_compress.kernels import choose_by_chance, hadamard, look_up, random_signs, random_subset, round_by_chance
 from hvd_compress.kernels.draws import draw_seed, uniform, uniform_by_torch, uniform_of, words
+from hvd_compress.kernels.hadamard import hadamard_by_torch, random_signs_by_torch
 from hvd_compress.kernels.rounding import choose_by_chance_by_torch, look_up_by_torch, round_by_chance_by_torch
-from hvd_compress.operators import QSGD, TNQSGD, MinMax
+from hvd_compress.kernels.subset import first_different
+from hvd_compress.operators import QSGD, TNQSGD, MinMax, OneBit, Operator, RandK, Rotated
 
 loops = pytest.importorskip("hvd_compress.kernels._native", reason="the extension was not built")
 
@@ -76,6 +78,45 @@ def test_draws_go_on_with_the_generator() -> None:
     assert torch.equal(uniform(50, generator.manual_seed(3), like), first)
     assert bool((first >= 0).all())
     assert bool((first < 1).all())
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 8191, 8192, 8193, LARGE])
+def test_compiled_signs(n: int) -> None:
+    expected = random_signs_by_torch(n, 2**61 + 3)
+    assert torch.equal(random_signs(n, 2**61 + 3, torch.device("cpu")), expected)
+    for threads in (2, 3):
+        assert torch.equal(torch.from_numpy(loops.random_signs(2**61 + 3, n, threads)), expected)
+
+
+@given(st.integers(0, 3000), st.data(), st.integers(0, 2**62 - 1))
+def test_compiled_subsets(numel: int, data: st.DataObject, seed: int) -> None:
+    count = data.draw(st.integers(0, numel // 4))
+    subset = random_subset(numel, count, seed)
+    assert torch.equal(subset, first_different(numel, count, seed))
+    assert len(subset) == count
+    assert torch.equal(subset, subset.unique())
+    assert count == 0 or (int(subset[0]) >= 0 and int(subset[-1]) < numel)
+
+
+@pytest.mark.parametrize("numel", [2**31 + 11, 2**40 + 7])
+def test_subsets_of_what_has_more_than_32_bits(numel: int) -> None:
+    # Within five standard deviations but for one seed of two million.
+    subset = random_subset(numel, 1000, 5)
+    assert len(subset) == 1000
+    assert int(subset[-1]) < numel
+    assert abs(float((subset > numel // 2).sum()) - 500) < 80
+
+
+# The rotation
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("exponent", range(18))
+def test_compiled_transform(exponent: int, dtype: torch.dtype) -> None:
+    x = some(1 << exponent, dtype, 0.0, exponent)
+    assert torch.equal(hadamard(x), hadamard_by_torch(x))
+    odd = some(1 << exponent, dtype, 1.0, exponent)
+    assert equal(hadamard(odd), hadamard_by_torch(odd))
 
 
 # Rounding
@@ -200,8 +241,19 @@ def test_wrong_arguments_are_errors() -> None:
         loops.look_up(table, x, 1)
 
 
-@pytest.mark.parametrize("operator", [QSGD(bits=4), QSGD(bits=4, bucket=100), MinMax(bits=4), TNQSGD(bits=3)])
-def test_messages_are_the_same_without_the_loops(operator: QSGD, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "operator",
+    [
+        QSGD(bits=4),
+        QSGD(bits=4, bucket=100),
+        MinMax(bits=4),
+        Rotated(bits=4),
+        OneBit(),
+        RandK(ratio=0.01),
+        TNQSGD(bits=3),
+    ],
+)
+def test_messages_are_the_same_without_the_loops(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     from hvd_compress.kernels import native
 
     x = some(10_000, torch.float32, 0.0, 0)

@@ -91,6 +91,21 @@ def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor
     _native.subtract_at(flat.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], divisor)
 
 
+def random_subset(seed: int, numel: int, count: int) -> Tensor:
+    """:func:`.subset.random_subset`, of less than a quarter of the indices."""
+    return torch.from_numpy(_native.random_subset(seed, numel, count))
+
+
+def random_signs(seed: int, n: int) -> Tensor:
+    """:func:`.hadamard.random_signs`."""
+    return torch.from_numpy(_native.random_signs(seed, n, torch.get_num_threads()))
+
+
+def hadamard(flat: Tensor) -> Tensor:
+    """:func:`.hadamard.hadamard`."""
+    return torch.from_numpy(_native.hadamard(flat.numpy(), len(flat) ** 0.5))
+
+
 def uniform(seed: int, n: int, dtype: torch.dtype) -> Tensor:
     """:func:`.draws.uniform_of`."""
     draw = _native.uniform32 if dtype == torch.float32 else _native.uniform64

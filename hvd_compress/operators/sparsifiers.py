@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels import draw_seed
+from ..kernels import draw_seed, is_finite
 from ..wire import Block, Floats, Message, Subset
 from .amount import Amount
 from .base import Operator, flatten
@@ -105,5 +105,5 @@ def _by_rule(x: Tensor, amount: Amount, rule: Subset | Block) -> Message:
         return Message.dense(flat.clone().reshape(x.shape))
     indices = rule.indices(len(flat), k).to(flat.device)
     # An overflow must reach all ranks, whether or not its element was drawn.
-    poison = torch.where(torch.isfinite(flat).all(), 0.0, torch.nan).to(flat.dtype)
+    poison = torch.where(is_finite(flat), 0.0, torch.nan).to(flat.dtype)
     return Message(tuple(x.shape), indices, Floats(flat[indices] + poison), rule)

@@ -60,11 +60,21 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
 template <class Float>
 void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor);
 
-// rounding.cpp. n draws from [0, 1), which depend on the seed and their number only.
+// philox.cpp. n draws from [0, 1), which depend on the seed and their place only.
 template <class Float>
 void uniform(std::uint64_t seed, Index n, int threads, Float* draws);
 
-// levels[i] is how many steps x[i] lies above the offset, cut at least and most, rounded to one of the two nearest whole
+// The first `count` different ones of a sequence of indices below numel, ascending. 0 <= count <= numel.
+void random_subset(std::uint64_t seed, Index numel, Index count, Index* indices);
+
+// n independent fair signs, 1 or -1.
+void random_signs(std::uint64_t seed, Index n, int threads, std::int8_t* signs);
+
+// hadamard.cpp. y = H x / divisor, n a power of two.
+void hadamard(const float* x, Index n, float divisor, float* y);
+void hadamard(const double* x, Index n, double divisor, double* y);
+
+// rounding.cpp. levels[i] is how many steps x[i] lies above the offset, cut at least and most, rounded to one of the two nearest whole
 // numbers by draw i, less `least`. Each `bucket` (1 or more) elements share one of the steps.
 template <class Float, class Level>
 void round_by_chance(const Float* x, Index n, Float offset, const Float* steps, Index bucket, std::int32_t least,

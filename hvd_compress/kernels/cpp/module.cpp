@@ -136,6 +136,43 @@ void subtract_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices
     subtract_at(x, n, parts, divisor);
 }
 
+Array<Index> random_subset_of(std::uint64_t seed, Index numel, Index count) {
+    require(0 <= count && count <= numel, "a subset has 0 to " + std::to_string(numel) + " elements");
+    Array<Index> indices(count);
+    Index* to = indices.mutable_data();
+    {
+        py::gil_scoped_release released;
+        random_subset(seed, numel, count, to);
+    }
+    return indices;
+}
+
+Array<std::int8_t> random_signs_of(std::uint64_t seed, Index n, int threads) {
+    require(n >= 0, "n must be 0 or more");
+    Array<std::int8_t> signs(n);
+    std::int8_t* to = signs.mutable_data();
+    {
+        py::gil_scoped_release released;
+        random_signs(seed, n, threads, to);
+    }
+    return signs;
+}
+
+template <class Float>
+Array<Float> hadamard_of(const Array<Float>& flat, Float divisor) {
+    require_vector(flat, "flat");
+    const Index n = flat.size();
+    require(n > 0 && (n & (n - 1)) == 0, "the length must be a power of two");
+    Array<Float> result(n);
+    const Float* x = flat.data();
+    Float* to = result.mutable_data();
+    {
+        py::gil_scoped_release released;
+        hadamard(x, n, divisor, to);
+    }
+    return result;
+}
+
 template <class Float>
 Array<Float> uniform_of(std::uint64_t seed, Index n, int threads) {
     require(n >= 0, "n must be 0 or more");
@@ -321,6 +358,7 @@ void bind_floats(py::module_& module) {
                "values"_a.noconvert(), "divisor"_a, "threads"_a);
     module.def("subtract_at", &subtract_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
                "values"_a.noconvert(), "divisor"_a);
+    module.def("hadamard", &hadamard_of<Float>, "flat"_a.noconvert(), "divisor"_a);
     module.def("round_by_chance", &round_by_chance_of<Float>, "flat"_a.noconvert(), "offset"_a, "steps"_a.noconvert(),
                "bucket"_a, "least"_a, "most"_a, "seed"_a, "threads"_a);
     module.def("choose_by_chance", &choose_by_chance_of<Float>, "flat"_a.noconvert(), "table"_a.noconvert(), "seed"_a,
@@ -340,6 +378,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("vector_units", &vector_units);
     bind_floats<float>(module);
     bind_floats<double>(module);
+    module.def("random_subset", &random_subset_of, "seed"_a, "numel"_a, "count"_a);
+    module.def("random_signs", &random_signs_of, "seed"_a, "n"_a, "threads"_a);
     module.def("uniform32", &uniform_of<float>, "seed"_a, "n"_a, "threads"_a);
     module.def("uniform64", &uniform_of<double>, "seed"_a, "n"_a, "threads"_a);
     module.def("encode_indices", &encode_indices_of, "indices"_a.noconvert(), "table"_a.noconvert());

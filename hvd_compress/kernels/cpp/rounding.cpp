@@ -7,80 +7,13 @@
 #include <stdexcept>
 #include <string>
 
+#include "clones.h"
 #include "kernels.h"
+#include "philox.h"
 #include "threads.h"
-
-// One version of a function for each kind of machine, chosen when the library is loaded. All give the same bits.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define HVD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define HVD_CLONES
-#endif
 
 namespace hvd {
 namespace {
-
-using Word = std::uint32_t;
-
-constexpr Index kChunk = 256;  // elements
-
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): four words for each counter.
-HVD_CLONES void draw_words(std::uint64_t seed, std::uint64_t first_counter, Index counters, Word* words) {
-    constexpr Index lanes = 64;
-    for (Index begin = 0; begin < counters; begin += lanes) {
-        Word a[lanes], b[lanes], c[lanes], d[lanes];
-        for (Index i = 0; i < lanes; ++i) {
-            const std::uint64_t counter = first_counter + begin + i;
-            a[i] = static_cast<Word>(counter);
-            b[i] = static_cast<Word>(counter >> 32);
-            c[i] = d[i] = 0;
-        }
-        Word low = static_cast<Word>(seed), high = static_cast<Word>(seed >> 32);
-        for (int round = 0; round < 10; ++round, low += 0x9E3779B9u, high += 0xBB67AE85u) {
-            for (Index i = 0; i < lanes; ++i) {
-                const std::uint64_t first = std::uint64_t{0xD2511F53u} * a[i];
-                const std::uint64_t second = std::uint64_t{0xCD9E8D57u} * c[i];
-                a[i] = static_cast<Word>(second >> 32) ^ b[i] ^ low;
-                b[i] = static_cast<Word>(second);
-                c[i] = static_cast<Word>(first >> 32) ^ d[i] ^ high;
-                d[i] = static_cast<Word>(first);
-            }
-        }
-        for (Index i = 0; i < lanes; ++i) {
-            Word* const to = words + 4 * (begin + i);
-            to[0] = a[i], to[1] = b[i], to[2] = c[i], to[3] = d[i];
-        }
-    }
-}
-
-// The draws of one chunk: as many bits of its words as a mantissa holds.
-void draw(std::uint64_t seed, Index chunk, float* draws) {
-    constexpr Index counters = kChunk / 4;
-    Word words[kChunk];
-    draw_words(seed, chunk * counters, counters, words);
-    for (Index i = 0; i < kChunk; ++i) draws[i] = static_cast<float>(static_cast<std::int32_t>(words[i] >> 8)) * 0x1p-24f;
-}
-
-void draw(std::uint64_t seed, Index chunk, double* draws) {
-    constexpr Index counters = kChunk / 2;
-    Word words[2 * kChunk];
-    draw_words(seed, chunk * counters, counters, words);
-    for (Index i = 0; i < kChunk; ++i) {
-        const double high = words[2 * i] >> 5, low = words[2 * i + 1] >> 6;
-        draws[i] = (high * 0x1p26 + low) * 0x1p-53;
-    }
-}
-
-// Calls work(chunk, begin, end) for all chunks of n elements.
-template <class Work>
-void in_chunks(Index n, int threads, const Work& work) {
-    const Index chunks = (n + kChunk - 1) / kChunk, parts = parts_of(n, threads);
-    in_parallel(parts, [&](Index part) {
-        for (Index chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
-            work(chunk, chunk * kChunk, std::min((chunk + 1) * kChunk, n));
-        }
-    });
-}
 
 template <class Float>
 [[gnu::always_inline]] inline void round_some(const Float* x, Index n, Float offset, Float step, std::int32_t least,
@@ -149,15 +82,6 @@ HVD_CLONES void choose_chunk(const double* x, Index n, const double* table, Inde
 
 }  // namespace
 
-template <class Float>
-void uniform(std::uint64_t seed, Index n, int threads, Float* draws) {
-    in_chunks(n, threads, [&](Index chunk, Index begin, Index end) {
-        Float some[kChunk];
-        draw(seed, chunk, some);
-        std::copy_n(some, end - begin, draws + begin);
-    });
-}
-
 template <class Float, class Level>
 void round_by_chance(const Float* x, Index n, Float offset, const Float* steps, Index bucket, std::int32_t least,
                      std::int32_t most, std::uint64_t seed, int threads, Level* levels) {
@@ -214,7 +138,5 @@ HVD_INSTANTIATE(float, std::uint8_t)
 HVD_INSTANTIATE(float, Index)
 HVD_INSTANTIATE(double, std::uint8_t)
 HVD_INSTANTIATE(double, Index)
-template void uniform(std::uint64_t, Index, int, float*);
-template void uniform(std::uint64_t, Index, int, double*);
 
 }  // namespace hvd
