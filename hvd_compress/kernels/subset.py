@@ -6,7 +6,6 @@ from torch import Tensor
 from . import native
 from .draws import uniform_by_torch
 
-
 _SPARSEST = 4096  # elements for each that is chosen
 
 
