@@ -14,7 +14,7 @@ from .gradient import GradientCompressor
 from .ledger import Ledger
 from .local_sgd import check_period
 from .membership import members
-from .memory import Memory
+from .memory import DGC
 from .remote import Pace, RemoteModel
 from .wrapped import Wrapped, checksum
 
@@ -85,8 +85,10 @@ class AsyncQsparseLocalSGD(Wrapped):
             )
         settings = compression.settings
         memory = settings.memory()
-        if type(memory).receive is not Memory.receive:
+        if memory.receives:
             raise TypeError(f"{memory!r} needs the messages of all ranks at once: use QsparseLocalSGD")
+        if isinstance(memory, DGC):
+            raise TypeError(f"{memory!r} is momentum for gradients: give it to the wrapped optimizer")
         if settings.exchange != "allgather":
             raise ValueError(
                 f"exchange={settings.exchange!r} is for ranks that exchange together; here each one sends to servers"

@@ -433,7 +433,8 @@ class Compression(hvd.Compression):
 
         Raises:
             TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
-            ValueError: a setting out of its range, an unknown memory, or parameter names that are not unique.
+            ValueError: a setting out of its range, an unknown memory, parameter names that are not unique, or an
+                operator so coarse that a memory would feed its errors back until they explode.
         """
         if isinstance(memory, str):
             if memory not in MEMORIES:

@@ -228,13 +228,12 @@ class Sender(Member):
         if self._schedule.needs_energy:
             self._energies[name] = x.square().sum()
         operator = self._schedule.operator(name)
-        generator = None
+        draws: dict[str, torch.Generator | None] = {}
         if operator.draws:
-            generator = self._generator(name, ALIKE if operator.shared_draws else self.rank, x.device)
-        if other is None:
-            message = operator.encode(x, generator=generator)
-        else:
-            message = operator.add_encode(x, other, generator=generator)
+            draws["generator"] = self._generator(name, self.rank, x.device)
+        if operator.shared_draws:
+            draws["shared"] = self._generator(name, ALIKE, x.device)
+        message = operator.encode(x, **draws) if other is None else operator.add_encode(x, other, **draws)
         if message.numel != x.numel():
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
         return message

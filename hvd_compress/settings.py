@@ -10,7 +10,7 @@ import horovod.torch as hvd
 import torch
 
 from .memory import Memory
-from .operators import Operator
+from .operators import Composed, Operator, Quantizer, typical_error
 from .schedules import Plan
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -56,3 +56,16 @@ class Settings:
             raise TypeError(f"node_process_set must be one of Horovod's, got {self.node_process_set!r}")
         if not self.reselect > 0:
             raise ValueError(f"reselect must be positive, got {self.reselect!r}")
+        self._check_feedback()
+
+    def _check_feedback(self) -> None:
+        if not isinstance(self.operator, Quantizer | Composed):
+            return
+        memory = self.memory()
+        error = typical_error(self.operator) if memory.feeds_back else 0.0
+        if error >= 1:
+            raise ValueError(
+                f"{self.operator!r} errs by {error:.3g} times the energy of what it is given, and {memory!r} gives "
+                "that back to it, so that it would explode: use more bits, norm='max', a smaller bucket=…, "
+                "scaled=True behind a sparsifier, or memory='none'"
+            )

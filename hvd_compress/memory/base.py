@@ -38,6 +38,9 @@ class Memory(ABC):
     """Whether tensors that are too small to be compressed need this memory too: they are then exchanged with the
     others rather than left to Horovod."""
 
+    feeds_back: ClassVar[bool] = False
+    """Whether what an operator does wrong comes back to it, so that it explodes unless the operator contracts."""
+
     takes_back: ClassVar[bool] = False
     """Whether :meth:`take_back` is possible."""
 

@@ -30,6 +30,8 @@ class EF21(Memory):
         ValueError: ``momentum`` is not in [0, 1).
     """
 
+    feeds_back = True
+
     def __init__(self, momentum: float = 0.0) -> None:
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")

@@ -25,6 +25,7 @@ class Residual(Memory):
         ValueError: ``decay`` is out of its range.
     """
 
+    feeds_back = True
     takes_back = True
 
     def __init__(self, decay: float = 1.0) -> None:

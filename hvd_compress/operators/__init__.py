@@ -3,7 +3,7 @@
 from .amount import Amount
 from .base import Operator, Quantizer, working_dtype
 from .cat import CAT
-from .compose import Composed, compose
+from .compose import Composed, compose, typical_error
 from .quantizers import QSGD, MinMax, OneBit, Rotated, Sign, TernGrad
 from .sparsifiers import RandK, RandomBlock, Threshold
 from .topk import TopK
@@ -29,5 +29,6 @@ __all__ = [
     "Threshold",
     "TopK",
     "compose",
+    "typical_error",
     "working_dtype",
 ]

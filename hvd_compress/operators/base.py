@@ -24,7 +24,7 @@ class Operator(ABC):
         return f"{type(self).__name__}()"
 
     shared_draws: ClassVar[bool] = False
-    """Whether all ranks should draw the same random numbers for a tensor; else each rank draws its own."""
+    """Whether :meth:`encode` also takes ``shared=…``, a generator that is the same on all ranks for a tensor."""
 
     draws: ClassVar[bool] = True
     """Whether :meth:`encode` needs a generator; making one takes longer than compressing a small tensor."""
@@ -43,7 +43,7 @@ class Operator(ABC):
             learns of an overflow on one of them.
         """
 
-    def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
+    def add_encode(self, x: Tensor, other: Tensor, **draws: torch.Generator | None) -> Message:
         """``x += other`` and :meth:`encode` of the sum, which some operators do in one pass over memory.
 
         A subclass of one of these that changes :meth:`encode` must change this too.
@@ -51,9 +51,9 @@ class Operator(ABC):
         Args:
             x: float32 or float64 ``[d]``, contiguous.
             other: of the same shape, dtype and device; does not overlap ``x``.
-            generator: see :meth:`encode`.
+            draws: what :meth:`encode` takes besides.
         """
-        return self.encode(x.add_(other), generator=generator)
+        return self.encode(x.add_(other), **draws)
 
     def __call__(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """C(x) as a receiver sees it: the shape and device of ``x``, float32 (float64 for float64)."""

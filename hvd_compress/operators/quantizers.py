@@ -70,7 +70,7 @@ class QSGD(Quantizer):
         """See :meth:`Operator.encode`."""
         flat = flatten(x)
         rows = _rows(flat, self.bucket)
-        scale = rows.abs().amax(1) if self.norm == "max" else torch.linalg.vector_norm(rows, dim=1)
+        scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
         # In a row of zeros, 0/0 counts as zero; what is not finite is told by the scale.
         levels = round_by_chance(flat, flat.new_zeros(()), scale / self.s, self.bucket, -self.s, self.s, generator)
         return Message(tuple(x.shape), None, Symmetric(levels, scale, self.s, self.bucket))
@@ -106,9 +106,10 @@ class TernGrad(Quantizer):
         """See :meth:`Operator.encode`."""
         flat = flatten(x)
         if self.clip is not None and len(flat) > 1:
-            limit = self.clip * flat.std(correction=0)
-            # No spread, no outliers: equal elements must not be cut to nothing.
-            limit = torch.where(limit == 0, torch.inf, limit)
+            spread = flat.std(correction=0)
+            # No spread, no outliers: equal elements, whose spread is not quite zero, must not be cut to nothing.
+            is_none = spread <= 8 * torch.finfo(flat.dtype).eps * flat.abs().amax()
+            limit = torch.where(is_none, torch.inf, self.clip * spread)
             flat = torch.where(torch.isnan(limit), torch.nan, flat.clamp(-limit, limit))
         return QSGD(levels=1).encode(flat.reshape(x.shape), generator=generator)
 
@@ -172,7 +173,7 @@ class Rotated(EvenSteps):
         """See :meth:`Operator.encode`."""
         flat = flatten(x)
         rotated, seed = _rotate(flat, generator)
-        values = _to_range(rotated, _extremes(rotated), self.s, generator)
+        values = _to_range(rotated, _extremes(rotated), self.s, generator, len(rotated))
         return Message(tuple(x.shape), None, RotatedValues(values, seed, len(flat)))
 
 
@@ -181,8 +182,9 @@ class OneBit(Quantizer):
     """One bit for each element: the sign of the rotated vector after adding uniform noise.
 
     FO-SGD (arXiv 2405.11095): ``q = sign(u + τ)``, u the rotated vector as in :class:`Rotated`, τ uniform on
-    [−λ, λ]; receivers see the back-rotated ``λ q``. Where all ``|u_j| ≤ λ`` it is unbiased, with error exactly
-    ``n λ² − ‖u‖²``.
+    [−λ, λ]; receivers see the back-rotated ``λ q``, of which they leave out what n, a power of two, is more than d.
+    Where all ``|u_j| ≤ λ`` it is unbiased, with error exactly ``(d/n)(n λ² − ‖x‖²)``: the error of u is spread evenly
+    by the random signs.
 
     Args:
         scale: λ, a positive number; None for ``‖x‖ √(2 ln(2n/failure)/n)`` (derived here), with which no element is
@@ -205,7 +207,7 @@ class OneBit(Quantizer):
     def variance_bound(self, numel: int) -> float:
         """``2 ln(2n/failure) − 1`` for the default scale, if no element is beyond it."""
         if self.scale is not None:
-            raise NotImplementedError("with a fixed scale the error is n·scale² − ‖x‖², whatever x is")
+            raise NotImplementedError("with a fixed scale the error does not shrink with x")
         return 2 * math.log(2 * next_power_of_two(numel) / self.failure) - 1
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
@@ -214,10 +216,10 @@ class OneBit(Quantizer):
         rotated, seed = _rotate(flat, generator)
         n = len(rotated)
         if self.scale is None:
-            limit = torch.linalg.vector_norm(rotated) * math.sqrt(2 * math.log(2 * n / self.failure) / n)
+            limit = _norm(rotated, 2) * math.sqrt(2 * math.log(2 * n / self.failure) / n)
         else:
             limit = torch.where(torch.isfinite(rotated).all(), self.scale, torch.nan).to(flat.dtype)
-        values = _to_range(rotated, torch.stack([-limit, limit]), 1, generator)
+        values = _to_range(rotated, torch.stack([-limit, limit]), 1, generator, n)
         return Message(tuple(x.shape), None, RotatedValues(values, seed, len(flat)))
 
 
@@ -232,7 +234,7 @@ class Sign(Quantizer):
         m: 1, 2, … or ``math.inf``: which norm.
 
     Raises:
-        ValueError: ``m`` is less than 1.
+        ValueError: ``m`` is not one of these.
     """
 
     draws = False
@@ -240,7 +242,7 @@ class Sign(Quantizer):
     m: float = 1
 
     def __post_init__(self) -> None:
-        if not self.m >= 1:
+        if not (self.m >= 1 and (math.isinf(self.m) or self.m == int(self.m))):
             raise ValueError(f"m must be 1, 2, … or math.inf, got {self.m!r}")
 
     def gamma(self, numel: int) -> float:
@@ -252,9 +254,16 @@ class Sign(Quantizer):
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`. Nothing is drawn from ``generator``."""
         flat = flatten(x)
-        scale = torch.linalg.vector_norm(flat, ord=self.m) / max(1, len(flat)) if len(flat) else flat.new_zeros(())
+        scale = _norm(flat, self.m) / max(1, len(flat))
         levels = (flat >= 0).to(torch.uint8)
         return Message(tuple(x.shape), None, Range(levels, torch.stack([-scale, scale]), 1))
+
+
+def _norm(x: Tensor, m: float, dim: int | None = None) -> Tensor:
+    """‖x‖_m in the dtype of x; in between in float64, since a sum of a million float32 is off by percents."""
+    if not x.numel():
+        return x.new_zeros(())
+    return torch.linalg.vector_norm(x, ord=m, dim=dim, dtype=torch.float64).to(x.dtype)
 
 
 def _rows(flat: Tensor, bucket: int) -> Tensor:
@@ -266,10 +275,14 @@ def _rows(flat: Tensor, bucket: int) -> Tensor:
     return rows.reshape(-1, bucket)
 
 
-def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator | None) -> Range:
-    """``flat`` rounded without bias to s steps between two extremes, and cut there."""
-    low, high = extremes[0], extremes[1]
-    levels = round_by_chance(flat, low, ((high - low) / s).reshape(1), 0, 0, s, generator)
+def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator | None, summed: int = 1) -> Range:
+    """``flat`` rounded without bias to s steps between two extremes, and cut there.
+
+    Where receivers would get inf from finite extremes, adding up ``summed`` of the values, they get NaN from NaN.
+    """
+    width = extremes[1] - extremes[0]
+    extremes = torch.where(torch.isfinite(width * summed), extremes, torch.nan)
+    levels = round_by_chance(flat, extremes[0], (width / s).reshape(1), 0, 0, s, generator)
     return Range(levels, extremes, s)
 
 

@@ -33,9 +33,11 @@ class RandK(Amount, Operator):
         """See :class:`Operator`."""
         return self.shared
 
-    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
-        """See :meth:`Operator.encode`."""
-        return _by_rule(x, self, Subset(draw_seed(generator)))
+    def encode(
+        self, x: Tensor, *, generator: torch.Generator | None = None, shared: torch.Generator | None = None
+    ) -> Message:
+        """See :meth:`Operator.encode`. Without ``shared``, all is drawn from ``generator``."""
+        return _by_rule(x, self, Subset(draw_seed(shared or generator)))
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,11 @@ class RandomBlock(Amount, Operator):
         """True."""
         return True
 
-    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
-        """See :meth:`Operator.encode`."""
-        return _by_rule(x, self, Block(draw_seed(generator) % max(1, x.numel())))
+    def encode(
+        self, x: Tensor, *, generator: torch.Generator | None = None, shared: torch.Generator | None = None
+    ) -> Message:
+        """See :meth:`Operator.encode`. Without ``shared``, all is drawn from ``generator``."""
+        return _by_rule(x, self, Block(draw_seed(shared or generator) % max(1, x.numel())))
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class TopK(Amount, Operator):
         indices, values = largest(flat, k)
         return Message(tuple(x.shape), indices, Floats(values))
 
-    def add_encode(self, x: Tensor, other: Tensor, *, generator: torch.Generator | None = None) -> Message:
+    def add_encode(self, x: Tensor, other: Tensor, **draws: torch.Generator | None) -> Message:
         """See :meth:`Operator.add_encode`."""
         k = self.count(x.numel())
         if k == x.numel() or not native.serves(x, other):

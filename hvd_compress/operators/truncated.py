@@ -26,7 +26,7 @@ from .gradient_models import Laplace, PowerLaw, fit_laplace, fit_power_law
 
 Model = Laplace | PowerLaw
 
-_ITERATIONS = 40  # of fixed points, which halve their distance at each
+_ITERATIONS = 40  # of fixed points, most of which halve their distance at each
 
 
 @dataclass(frozen=True)

@@ -103,10 +103,13 @@ class AdaptiveTopKSchedule(Schedule):
         self._plan_next()
 
     def _plan_next(self) -> None:
+        relative = 1.0
+        if self._energy is not None and self._mean_energy:
+            relative = self._energy / self._mean_energy
         self.k = next_k(
             left=self._budget.left,
             exchanges_left=self._budget.exchanges_left,
-            relative_energy=self._energy / self._mean_energy if self._energy and self._mean_energy else 1.0,
+            relative_energy=relative,
             exponent=self._plan.exponent,
             k_min=self._budget.k_min,
             k_max=self._budget.k_max,

@@ -12,6 +12,8 @@ from ..operators import Operator, Threshold, TopK
 from .base import Plan, Schedule
 from .budget import Budget, affordable, apportion, check_budget, divide
 
+_LARGEST_EXPONENT = 700.0  # math.exp raises an error soon after
+
 
 @dataclass(frozen=True)
 class HardThreshold(Plan):
@@ -96,8 +98,8 @@ class HardThresholdSchedule(Schedule):
             if self.price is None:
                 self.price = laplace_price(energy, self._budget.k_max, min(average, self._budget.k_max))
             else:
-                self.price *= math.exp(self._plan.rate * (kept / average - 1))
-            self.price = max(self.price, sys.float_info.min)
+                self.price *= math.exp(min(self._plan.rate * (kept / average - 1), _LARGEST_EXPONENT))
+            self.price = min(max(self.price, sys.float_info.min), sys.float_info.max)
         self._plan_next()
 
     def state_dict(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Levels(Values):
 
 @dataclass(frozen=True)
 class Symmetric(Levels):
-    """``scale · (level − s) / s``, s steps to each side of an exact zero.
+    """``scale · ((level − s) / s)``, s steps to each side of an exact zero.
 
     ``parameters`` are the scales, one for each ``bucket`` consecutive values (a single one when ``bucket`` is 0).
     """
@@ -167,10 +167,10 @@ class Symmetric(Levels):
         """See :class:`Levels`; in buckets ``levels`` are all that there are."""
         signed = levels.to(self.parameters.dtype) - self.s
         if not self.bucket:
-            return self.parameters * signed / self.s
+            return self.parameters * (signed / self.s)  # in this order: finite, and the largest as it was
         # A bucket may be said to be of any size: no more is made of it than there are values.
         scale = self.parameters.repeat_interleave(min(self.bucket, len(signed)))[: len(signed)]
-        return scale * signed / self.s
+        return scale * (signed / self.s)
 
     def decode(self) -> Tensor:
         """See :class:`Values`."""
