@@ -35,6 +35,40 @@ def gradients(rank: int, step: int, names: Any = SHAPES, dtype: torch.dtype = to
     return {name: gradient(SHAPES[name], rank, step, list(SHAPES).index(name), dtype) for name in names}
 
 
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qsgd", {"norm": "l2", "memory": "residual"}),
+        ("qsgd", {"bits": 2, "bucket": 0, "memory": "ef21"}),
+        ("onebit", {"memory": "residual"}),
+        ("minmax", {"bits": 1, "memory": "residual"}),
+        ("terngrad", {"memory": "residual"}),
+    ],
+)
+def test_errors_that_would_come_back_larger_are_refused(name: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="would explode: use more bits"):
+        Compression.by_name(name, **settings)
+    Compression.by_name(name, **{**settings, "memory": "none"})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qsgd", {}),
+        ("sign", {}),
+        ("minmax", {}),
+        ("rotated", {}),
+        ("tnqsgd", {"bits": 1}),
+        ("qtopk", {"ratio": 0.01}),
+    ],
+)
+def test_error_feedback_with_what_contracts(name: str, settings: dict[str, Any]) -> None:
+    Compression.by_name(name, **settings, memory="residual")
+
+
 # What is sent is what the definition says
 
 

@@ -640,6 +640,49 @@ def test_a_rank_that_diverges_stops_all_and_spoils_nothing(world: World) -> None
     world.run(divergence)
 
 
+def divergence_through_horovod(compression: Any) -> None:
+    model = Vectors(SHAPES)
+    inner = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = QsparseLocalSGD(inner, named_parameters=model.named_parameters(), compression=compression)
+    train(model, optimizer, 0, 2)
+    synchronised = copy.deepcopy(model.state_dict())
+    bad = gradients(hvd.rank(), 2)
+    if hvd.rank() == 1:
+        bad["b"][0, 0] = math.inf
+    optimizer.zero_grad()
+    model(bad).backward()
+    with pytest.raises(NonFiniteError, match="inf or NaN: b"):
+        optimizer.step()
+    assert all(torch.equal(p, synchronised[n]) for n, p in model.named_parameters())
+    train(model, optimizer, 3, 5)
+    assert_replicas_identical(list(model.parameters()))
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", ["none", "fp16"])
+def test_a_rank_that_diverges_spoils_nothing_through_horovod_either(world: World, name: str) -> None:
+    world.run(divergence_through_horovod, getattr(hvd.Compression, name))
+
+
+def bfloat16_through_horovod() -> None:
+    model = torch.nn.Linear(30, 40).to(torch.bfloat16)
+    torch.nn.init.zeros_(model.weight)
+    torch.nn.init.zeros_(model.bias)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5), named_parameters=model.named_parameters(), sync_every=1
+    )
+    model.weight.grad = torch.full_like(model.weight, float(2 * hvd.rank()))
+    optimizer.step()
+    assert model.weight.dtype == torch.bfloat16
+    assert torch.equal(model.weight, torch.full_like(model.weight, -0.5))
+
+
+@pytest.mark.ranks(2)
+def test_bfloat16_parameters_through_horovod(world: World) -> None:
+    world.run(bfloat16_through_horovod)
+
+
 def other_starting_points() -> None:
     torch.manual_seed(hvd.rank())
     model = torch.nn.Linear(30, 40)

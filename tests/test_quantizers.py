@@ -119,8 +119,54 @@ def test_terngrad_clips_at_standard_deviations() -> None:
     x = torch.cat([sample(99), torch.tensor([50.0], dtype=torch.float64)])
     limit = 2.5 * float(x.std(correction=0))
     assert TernGrad()(x, generator=torch.Generator().manual_seed(0)).max().item() == pytest.approx(limit)
-    constant = torch.full((5,), 3.0)
-    assert torch.equal(TernGrad()(constant), constant)
+    for value, d in itertools.product((3.0, 0.1, 1 / 3, 1e-3, 1e-30), (1, 5, 999, 1000, 4097)):
+        constant = torch.full((d,), value)  # its spread is not quite zero
+        assert torch.equal(TernGrad()(constant), constant)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_norms_of_many_elements(m: int) -> None:
+    x = torch.full((30_000_000,), 0.1)
+    scale = float(Sign(m=m).encode(x).values.floats[1])
+    assert scale == pytest.approx(float(x[0]) * len(x) ** (1 / m) / len(x), rel=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("largest", [3e38, 1e-38, 1.1754944e-38])
+def test_the_largest_element_arrives_as_it_was(bits: int, largest: float) -> None:
+    x = torch.tensor([0.0, -largest, largest])
+    assert torch.equal(QSGD(bits=bits)(x), x)
+
+
+@pytest.mark.parametrize("operator", [QSGD(bits=4), MinMax(bits=1), MinMax(bits=4), Rotated(bits=4), OneBit()])
+@pytest.mark.parametrize("largest", [1e30, 1e37, 1e38, 3e38])
+def test_receivers_are_told_of_what_they_would_make_inf(operator: Operator, largest: float) -> None:
+    x = torch.cat([torch.tensor([-largest, largest]), torch.full((62,), largest / 3)])
+    message = operator.encode(x, generator=torch.Generator().manual_seed(0))
+    assert bool(message.is_finite()) == bool(torch.isfinite(message.decode()).all())
+    assert largest > 1e30 or bool(message.is_finite())
+
+
+@pytest.mark.parametrize("sparsifier", [RandK(k=50, shared=True), RandomBlock(k=50)])
+def test_what_is_shared_chooses_and_does_not_round(sparsifier: Operator) -> None:
+    x = torch.tensor([0.5, 1.0]).repeat(50)
+    operator = compose(sparsifier, QSGD(levels=1))
+    assert operator.shared_draws
+
+    def message(rank: int) -> Message:
+        own, alike = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(7)
+        return operator.encode(x, generator=own, shared=alike)
+
+    first, second = message(1), message(2)
+    assert first.rule == second.rule
+    levels = [m.values.levels for m in (first, second)]  # type: ignore[attr-defined]
+    assert 3 < int((levels[0] != levels[1]).sum()) < 25  # every other of about 25 that are halves
+
+
+def test_scaling_needs_a_bound() -> None:
+    for quantizer in (Sign(), TernGrad(), TNQSGD(bits=3), OneBit(scale=1.0)):
+        with pytest.raises(ValueError, match="scaled=True needs a variance bound"):
+            compose(TopK(k=5), quantizer, scaled=True)
 
 
 @pytest.mark.parametrize("d", [1, 8, 40])
@@ -133,13 +179,13 @@ def test_rotated_is_unbiased_within_its_bound(d: int) -> None:
     assert float((mean - x).norm()) <= SIGMAS * math.sqrt(bound / draws)
 
 
-def test_one_bit_error_is_exact() -> None:
-    """n λ² − ‖u‖² when nothing is beyond λ: the same for every draw when the padding is none."""
-    x = sample(64)
+@pytest.mark.parametrize(("d", "n"), [(64, 64), (65, 128), (100, 128)])
+def test_one_bit_error_is_exact(d: int, n: int) -> None:
+    """(d/n)(n λ² − ‖x‖²) when nothing is beyond λ: receivers leave out the padding, with its share of the error."""
+    x = sample(d)
     scale = 10.0
-    assert float(hadamard(x).abs().max()) < scale
     mean, squares = errors(OneBit(scale=scale), x, 4000)
-    expected = 64 * scale**2 - float(x.square().sum())
+    expected = d / n * (n * scale**2 - float(x.square().sum()))
     assert abs(float(squares.mean()) - expected) <= SIGMAS * float(squares.std()) / 4000**0.5
     assert float((mean - x).norm()) <= SIGMAS * math.sqrt(expected / 4000)
 
@@ -475,6 +521,7 @@ def test_composition_takes_indices_at_entropy_and_values_at_their_bits() -> None
         (lambda: OneBit(scale=0.0), ValueError),
         (lambda: OneBit(failure=1.0), ValueError),
         (lambda: Sign(m=0.5), ValueError),
+        (lambda: Sign(m=1.5), ValueError),
         (lambda: TernGrad(clip=0.0), ValueError),
         (lambda: Threshold(threshold=0.0), ValueError),
         (lambda: RandK(k=0), ValueError),

@@ -39,6 +39,15 @@ def test_rule_by_hand() -> None:
     assert k(0.0) == 2
 
 
+def test_a_threshold_survives_any_step_that_its_settings_allow() -> None:
+    schedule = HardThreshold(0.0001, 100, largest=1e6, rate=1.0).start({"w": 10_000_000})
+    for _ in range(3):
+        schedule.advance(1.0, 10_000_000)
+        assert schedule.price is not None
+        assert 0 < schedule.price < math.inf
+        schedule.operator("w")
+
+
 @given(
     st.integers(1, 60),
     st.floats(0.001, 1.0),

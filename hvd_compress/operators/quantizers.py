@@ -183,8 +183,8 @@ class OneBit(Quantizer):
 
     FO-SGD (arXiv 2405.11095): ``q = sign(u + τ)``, u the rotated vector as in :class:`Rotated`, τ uniform on
     [−λ, λ]; receivers see the back-rotated ``λ q``, of which they leave out what n, a power of two, is more than d.
-    Where all ``|u_j| ≤ λ`` it is unbiased, with error exactly ``(d/n)(n λ² − ‖x‖²)``: the error of u is spread evenly
-    by the random signs.
+    Where all ``|u_j| ≤ λ`` it is unbiased, with error exactly ``(d/n)(n λ² − ‖x‖²)``: H gives each of the n elements
+    an equal share of the error of u.
 
     Args:
         scale: λ, a positive number; None for ``‖x‖ √(2 ln(2n/failure)/n)`` (derived here), with which no element is
