@@ -232,7 +232,7 @@ def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
         return Floats(floats)
     levels = unpack_levels(packed, row.level_bits, row.level_count)
     highest = 2 * row.s if row.kind == SYMMETRIC else row.s
-    if highest + 1 < 1 << row.level_bits and bool((levels > highest).any()):
+    if highest + 1 < 1 << row.level_bits and len(levels) and int(levels.max()) > highest:
         raise WireError(f"a level lies above the highest, {highest}")
     values: Levels
     if row.kind == SYMMETRIC:

@@ -165,12 +165,14 @@ class Symmetric(Levels):
 
     def meaning(self, levels: Tensor) -> Tensor:
         """See :class:`Levels`; in buckets ``levels`` are all that there are."""
-        signed = levels.to(self.parameters.dtype) - self.s
+        steps = (levels.to(self.parameters.dtype) - self.s) / self.s
         if not self.bucket:
-            return self.parameters * (signed / self.s)  # in this order: finite, and the largest as it was
-        # A bucket may be said to be of any size: no more is made of it than there are values.
-        scale = self.parameters.repeat_interleave(min(self.bucket, len(signed)))[: len(signed)]
-        return scale * (signed / self.s)
+            return self.parameters * steps  # in this order: finite, and the largest as it was
+        whole = len(steps) // self.bucket
+        behind = whole * self.bucket
+        steps[:behind].view(whole, self.bucket).mul_(self.parameters[:whole].unsqueeze(1))
+        steps[behind:].mul_(self.parameters[whole : whole + 1])
+        return steps
 
     def decode(self) -> Tensor:
         """See :class:`Values`."""
