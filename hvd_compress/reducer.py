@@ -141,6 +141,11 @@ class Reducer(Sender):
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
+        if isinstance(self._exchange, HorovodExchange):  # it fails with Horovod, and must not meet the next world
+            for bucket in self._departed:
+                bucket.arrival.cancel()
+            wait(bucket.arrival for bucket in self._departed)
+            self._departed.clear()
         self._drop()
         self._exchange = self._watch = self._place = self._saved_as = None
         self._awaited = [set(names) for names in self._buckets]  # as on ranks that are new
@@ -226,16 +231,30 @@ class Reducer(Sender):
         return self._memory.receive(name, flat, self.size, draws).div_(divisor)
 
     def _drop(self) -> None:
+        if self._departed:
+            self._give_up()
         super()._drop()
         if self._watch is not None:
             self._watch.give_up()
         self._here.clear()
-        for bucket in self._departed:
-            bucket.arrival.cancel()
-        if isinstance(self._exchange, HorovodExchange):  # it fails with Horovod, and must not meet the next world
-            wait(bucket.arrival for bucket in self._departed)
-        self._departed.clear()
         self._gone.clear()
+
+    def _give_up(self) -> None:
+        """Let the exchange that has begun fail, on all ranks.
+
+        How many of its buckets have departed may differ between ranks, and what has departed cannot be called back:
+        others' buckets of the next exchange would meet them. So all of them depart, and are waited for.
+        """
+        self.let_fail(RuntimeError("the exchange was given up"))
+        if self._watch is not None:
+            self._watch.begin()
+        try:
+            self._depart_rest(self._round, overflow=False)
+            wait(bucket.arrival for bucket in self._departed)
+        finally:
+            self._departed.clear()
+            if self._watch is not None:
+                self._watch.end()
 
     # Departures. How many there are, and what is in them, depends on nothing but the tensors that were added.
 
@@ -250,8 +269,8 @@ class Reducer(Sender):
     def _depart_rest(self, step: int, overflow: bool) -> None:
         while (place := len(self._departed)) < len(self._buckets) - 1:
             self._depart(self._awaited[place], self._round)
-        # The last one takes along what was not awaited where it belongs.
-        self._depart(self._here - self._gone, step, energy=self._energy(), overflow=overflow)
+        if place < len(self._buckets):  # The last one takes along what was not awaited where it belongs.
+            self._depart(self._here - self._gone, step, energy=self._energy(), overflow=overflow)
 
     def _depart(self, names: set[str], step: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"

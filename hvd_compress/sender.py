@@ -129,6 +129,8 @@ class Sender(Member):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; on an error nothing has changed.
 
+        An exchange that has begun is given up: do it on all ranks, since it fails on those that go on with it.
+
         Raises:
             ValueError: the state is of another format, or holds memories of other tensors than these.
         """

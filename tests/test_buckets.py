@@ -222,6 +222,51 @@ def test_a_failure_reaches_all_buckets(world: World, variant: Any) -> None:
     world.run(variant)
 
 
+def all_give_up(times: int) -> None:
+    """Again and again, after other numbers of tensors on each rank; then it is as if nothing had been."""
+    exchange, reference = reducer(TINY), reducer(TINY)
+    names = list(reversed(SHAPES))
+
+    def sums(one: Reducer, step: int) -> dict[str, torch.Tensor]:
+        for name in names:
+            one.add(name, tensor(name, step))
+        return one.reduce().sums
+
+    sums(exchange, 0)
+    sums(reference, 0)
+    state = exchange.state_dict()
+    order = random.Random(hvd.rank())
+    for step in range(1, times + 1):
+        for name in names[: order.randint(1, len(names))]:
+            exchange.add(name, tensor(name, 100 + step))
+        exchange.load_state_dict(state)
+        ours, theirs = sums(exchange, step), sums(reference, step)
+        assert all(torch.equal(ours[name], theirs[name]) for name in names)
+        state = exchange.state_dict()
+
+
+def one_gives_up() -> None:
+    exchange = reducer(TINY)
+    state = exchange.state_dict()
+    for step in range(5):
+        for name in reversed(SHAPES):
+            exchange.add(name, tensor(name, step))
+        if hvd.rank() == 1:
+            exchange.load_state_dict(state)
+        else:
+            with pytest.raises(PeerError, match="rank 1 failed: RuntimeError: the exchange was given up"):
+                exchange.reduce()
+    for name in reversed(SHAPES):
+        exchange.add(name, tensor(name, 5))
+    assert_replicas_identical(list(exchange.reduce().sums.values()))
+
+
+@pytest.mark.ranks(2, 3)
+def test_an_exchange_that_is_given_up(world: World) -> None:
+    world.run(all_give_up, 30)
+    world.run(one_gives_up)
+
+
 @pytest.mark.parametrize("cap", [0, -1.0, float("nan")])
 def test_bad_sizes(cap: float) -> None:
     with pytest.raises(ValueError, match="bucket_cap_mb"):
