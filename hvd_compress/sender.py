@@ -212,12 +212,12 @@ class Sender(Member):
         is_small = flat.numel() < self._dense_below
         if is_small and not self._memory.covers_small:
             return Pending(flat, compressed=False, remembered=False), Message.dense(flat.clone())
-        x, other = self._memory.compensate(name, flat)
         try:
+            x, other = self._memory.compensate(name, flat)
             message = self._encode(name, x, other, is_small)
             self._memory.update(name, message)
             return Pending(flat, not is_small, remembered=True), message
-        except Exception:
+        except BaseException:  # Ctrl-C too
             self._memory.rollback(name)
             raise
 

@@ -353,6 +353,35 @@ def test_no_room_for_a_difference_on_one_rank(world: World, who: int) -> None:
     world.run(fails_on_the_way, who)
 
 
+def interrupted_in_an_operator() -> None:
+    """By Ctrl-C on the last rank, which then saves its state, or comes after all."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model)
+    train(model, optimizer, 0, 2)
+    before = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"]
+    reducer = optimizer._average._reducer
+    encode = reducer._encode
+
+    def interrupted(*arguments: Any) -> Any:
+        reducer._encode = encode
+        raise KeyboardInterrupt
+
+    if hvd.rank() == hvd.size() - 1:
+        reducer._encode = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, 2, 3)
+        assert_same(optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"], before)
+        optimizer.synchronize()
+    else:
+        train(model, optimizer, 2, 3)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(1, 2)
+def test_an_interrupt_in_an_operator_changes_no_memory(world: World) -> None:
+    world.run(interrupted_in_an_operator)
+
+
 def counts_exchanges(steps: int, sync_every: int) -> tuple[int, int]:
     model = Vectors(SHAPES)
     optimizer = wrap(model, sync_every=sync_every)
