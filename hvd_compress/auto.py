@@ -17,9 +17,10 @@ from .ledger import Ledger
 from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
 from .node import node_of, speed
-from .operators import Operator, working_dtype
+from .operators import Operator
 from .reducer import Reduced
 from .schedules import Constant, Plan
+from .sender import given_up
 from .wire import Message
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -140,7 +141,7 @@ class AutoReducer(Member):
         if self._watch is not None:
             self._watch.begin()
         try:
-            self._pending[name] = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+            self._pending[name] = given_up(tensor)
         except Exception as error:  # every rank must reach the exchange
             self.let_fail(error)
 

@@ -28,11 +28,11 @@ from .ledger import Ledger
 from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
 from .node import MpiNode, Node, node_of
-from .operators import Operator, working_dtype
+from .operators import Operator
 from .pieces import Piece, cut, even_ends
 from .reducer import Reduced, Reducer
 from .schedules import Plan
-from .sender import Overflow
+from .sender import Overflow, given_up
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
@@ -201,7 +201,7 @@ class HierarchicalReducer(Member):
         if self._watch is not None:
             self._watch.begin()
         try:
-            self._pending[name] = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+            self._pending[name] = given_up(tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 
@@ -295,7 +295,7 @@ class HierarchicalReducer(Member):
 
     def _room(self, piece: Tensor) -> Tensor:
         """For the sum over the node, whose storage the memory may take."""
-        return piece if self._node.size == 1 else torch.empty_like(piece)
+        return piece.detach() if self._node.size == 1 else torch.empty_like(piece)  # detached it is no view
 
     def _parts(self, tensors: Mapping[str, Tensor]) -> dict[torch.dtype, list[list[Tensor]]]:
         """The pieces of ``tensors`` that each owner has, by dtype."""

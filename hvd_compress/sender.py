@@ -91,7 +91,7 @@ class Sender(Member):
         """Compress ``tensor`` for the next exchange; a second one of that name replaces the first.
 
         The tensor is given up: what it holds is not defined from now on, and its storage may become that of a memory
-        or of a result.
+        or of a result. A view is copied, since its storage has another owner.
         """
         try:
             with self._ledger.timed("compress"):
@@ -206,7 +206,7 @@ class Sender(Member):
         return _total(energies)
 
     def _compress(self, name: str, tensor: Tensor) -> tuple[Pending, Message]:
-        flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+        flat = given_up(tensor)
         if flat.untyped_storage().nbytes() != flat.nbytes:  # who owns the rest may write to all of it
             flat = flat.clone()
         is_small = flat.numel() < self._dense_below
@@ -259,6 +259,12 @@ class Sender(Member):
         key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def given_up(tensor: Tensor) -> Tensor:
+    """``tensor`` flat, in the working dtype, to be kept: a copy of a view, which autograd's own gradients are not."""
+    flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+    return flat.clone() if tensor._is_view() and flat.data_ptr() == tensor.data_ptr() else flat
 
 
 def _total(numbers: list[Tensor]) -> float:

@@ -354,17 +354,19 @@ def test_gradients_that_are_not_contiguous(world: World) -> None:
     world.run(channels_last)
 
 
-def gradients_in_buffers_that_live_on(one_buffer: bool) -> None:
+def gradients_in_buffers_that_live_on(buffers: str, exchange: str) -> None:
     """Their owner writes to them after the step, which must not reach the memory."""
     model = Vectors(SHAPES)
-    _, optimizer = wrap(model)
+    nodes = range(hvd.size()) if exchange == "hierarchical" else None
+    _, optimizer = wrap(model, exchange=exchange, nodes=nodes)
     definition = ByDefinition(hvd.size(), k=5)
-    flat = torch.zeros(sum(math.prod(shape) for shape in SHAPES.values()))
+    sizes = [math.prod(shape) for shape in SHAPES.values()]
+    one = torch.zeros(sum(sizes))
+    parts = one.split(sizes) if buffers == "one" else [torch.zeros(size) for size in sizes]
     for step in range(5):
-        if one_buffer:
-            parts = flat.zero_().split([math.prod(shape) for shape in SHAPES.values()])
+        if buffers:
             for (name, shape), part in zip(SHAPES.items(), parts, strict=True):
-                model.get_parameter(name).grad = part.view(shape)
+                model.get_parameter(name).grad = part.zero_().view(shape)
         else:
             model.zero_grad(set_to_none=False)
         model(gradients(hvd.rank(), step)).backward()
@@ -377,9 +379,10 @@ def gradients_in_buffers_that_live_on(one_buffer: bool) -> None:
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.parametrize("one_buffer", [False, True])
-def test_gradients_in_buffers_that_live_on(world: World, one_buffer: bool) -> None:
-    world.run(gradients_in_buffers_that_live_on, one_buffer)
+@pytest.mark.parametrize("exchange", ["allgather", "hierarchical"])
+@pytest.mark.parametrize("buffers", ["", "one", "one each"])
+def test_gradients_in_buffers_that_live_on(world: World, buffers: str, exchange: str) -> None:
+    world.run(gradients_in_buffers_that_live_on, buffers, exchange)
 
 
 class WithEmbedding(torch.nn.Module):
