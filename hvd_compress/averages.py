@@ -66,7 +66,11 @@ class CompressedAverage:
         return {n: sums[n].view(p.shape).to(p.dtype) for n, p in self._parameters.items()}
 
     def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
-        """Subtract it from ``anchors``, contiguous and by name, in place. After an error they are as they were."""
+        """Subtract it from ``anchors``, contiguous and by name, in place.
+
+        After an error that all ranks raise they are as they were. If memory runs out on this rank alone, some are
+        not; then exchanges fail until a state is loaded.
+        """
         self._reduce(moved, step, {name: anchor.view(-1) for name, anchor in anchors.items()})
 
     def _reduce(self, moved: Callable[[str], Tensor], step: int, minuends: Mapping[str, Tensor] | None) -> Reduced:

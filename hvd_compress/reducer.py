@@ -70,7 +70,8 @@ class Reducer(Sender):
     gradients. A bucket departs in a thread of its own, as soon as its tensors are there and the bucket before it has
     departed; the last one with :meth:`reduce`. Which tensors share a bucket changes no bit of the sums.
 
-    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes.
+    Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes. What fails
+    after all messages have come, as sums are made, raises on that rank only, and on all in the next exchange.
 
     Args:
         shapes: see :class:`Sender`, as for the other arguments.
@@ -207,8 +208,20 @@ class Reducer(Sender):
         except BaseException:
             self._rollback(pending)
             raise
-        # In rank order, as the sums: all ranks must come to the same conclusion.
-        self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
+        with self._alone():
+            # In rank order, as the sums: all ranks must come to the same conclusion.
+            self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
+            return self._reduced(pending, gathered, overflow, divisor, minuends)
+
+    def _reduced(
+        self,
+        pending: Mapping[str, Pending],
+        gathered: Mapping[str, list[Message]],
+        overflow: Overflow,
+        divisor: float,
+        minuends: Mapping[str, Tensor] | None,
+    ) -> Reduced:
+        """Update the memory, and make the sums."""
         free = self._rollback(pending) if overflow else self._commit(pending)
         if minuends is not None and not overflow and not self._memory.receives:
             for name, messages in gathered.items():

@@ -120,7 +120,8 @@ class ScatteredReducer(Sender):
         try:
             with self._ledger.timed("compress"):
                 reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
-                return reduced.subtracted_from(minuends)
+                with self._alone():
+                    return reduced.subtracted_from(minuends)
         finally:
             self._watch.end()
 
@@ -140,19 +141,20 @@ class ScatteredReducer(Sender):
         finally:
             self._ledger.exchanges += 1
             self._ledger.shared.mpi += self._exchange.sent - sent_before
-        self._round += 1
-        self._schedule.advance(sum(p.energy for p in packets) / len(packets), kept)
-        sums = self._rollback(pending) if overflow else self._commit(pending)
-        if not overflow:
-            for piece, rest in rests:
-                self._memory.take_back(piece.name, piece.start, rest)
-        _assemble(sums, regions, results)
-        for name, p in pending.items():
-            if p.remembered and not overflow:
-                sums[name] = self._receive(name, sums[name])
-            if divisor != 1:
-                sums[name].div_(divisor)
-        return Reduced(sums, overflow)
+        with self._alone():
+            self._round += 1
+            self._schedule.advance(sum(p.energy for p in packets) / len(packets), kept)
+            sums = self._rollback(pending) if overflow else self._commit(pending)
+            if not overflow:
+                for piece, rest in rests:
+                    self._memory.take_back(piece.name, piece.start, rest)
+            _assemble(sums, regions, results)
+            for name, p in pending.items():
+                if p.remembered and not overflow:
+                    sums[name] = self._receive(name, sums[name])
+                if divisor != 1:
+                    sums[name].div_(divisor)
+            return Reduced(sums, overflow)
 
     def _drop(self) -> None:
         super()._drop()

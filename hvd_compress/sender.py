@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,7 @@ class Sender(Member):
         self._pending: dict[str, Pending] = {}
         self._messages: dict[str, Message] = {}  # of these, until they are sent
         self._failure: Exception | None = None
+        self._spoilt: Exception | None = None  # why this rank's exchanges fail until a state is loaded
         self._place: Place | None = None  # once the ranks have met
         self._saved_as: Place | None = None  # in the state that was loaded
 
@@ -108,8 +110,11 @@ class Sender(Member):
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
 
         Raises:
-            RuntimeError: tensors were added that have not been exchanged.
+            RuntimeError: tensors were added that have not been exchanged, or an exchange has failed on this rank
+                alone.
         """
+        if self._spoilt is not None:
+            raise self._spoilt
         if self._pending:
             raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
         rank, size = self._place or (None, None)
@@ -150,6 +155,7 @@ class Sender(Member):
             raise ValueError(
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
             )
+        self._spoilt = None
         self._drop()
         self._memory.load_state_dict(state["memory"])
         self._schedule.load_state_dict(state["schedule"])
@@ -188,7 +194,7 @@ class Sender(Member):
     def _drop(self) -> None:
         """Forget what was added for an exchange that never came about."""
         self._rollback(self._pending)
-        self._pending, self._messages, self._failure, self._energies = {}, {}, None, {}
+        self._pending, self._messages, self._failure, self._energies = {}, {}, self._spoilt, {}
 
     def _take(self) -> tuple[dict[str, Pending], dict[str, Message], Exception | None]:
         """What was added since the last time, in the order that is the same on all ranks, or why it was not.
@@ -197,8 +203,24 @@ class Sender(Member):
         """
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
         messages = {name: self._messages[name] for name in pending if name in self._messages}
-        failure, self._pending, self._messages, self._failure = self._failure, {}, {}, None
+        failure, self._pending, self._messages, self._failure = self._failure, {}, {}, self._spoilt
         return pending, messages, failure
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context for what comes after the others were told that all is well.
+
+        What fails there leaves this rank half changed. It raises here, and in all exchanges from then on, on all
+        ranks, until a state is loaded.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._spoilt = RuntimeError(
+                f"an earlier exchange failed on this rank alone ({type(error).__name__}: {error}), which differs from "
+                "the others since then: load a checkpoint on all ranks"
+            )
+            raise
 
     def _energy(self) -> float:
         """The squared norm of what was compressed since the last time, if the schedule asks for it."""

@@ -23,6 +23,7 @@ from hvd_compress import (
     RankMismatchError,
     post_local,
     sync_at,
+    wire,
 )
 from hvd_compress.operators import QSGD, TopK, compose
 
@@ -351,6 +352,59 @@ def fails_on_the_way(who: int) -> None:
 @pytest.mark.parametrize("who", [0, 1])
 def test_no_room_for_a_difference_on_one_rank(world: World, who: int) -> None:
     world.run(fails_on_the_way, who)
+
+
+def fails_after_the_exchange(where: str, options: dict[str, Any]) -> None:
+    """On one rank, which has changed only half of what the others have, and would differ unnoticed."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=lambda step: True, **options)
+    train(model, optimizer, 0, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 2, 3)
+    expected = copy.deepcopy(model.state_dict())
+    optimizer.load_state_dict(saved[1])
+
+    reducer = optimizer._average._reducer
+    holder, name = {"commit": (reducer._memory, "commit"), "subtract": (wire, "subtract")}[where]
+    works, calls = getattr(holder, name), []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        return works(*arguments)
+
+    if hvd.rank() == 1:
+        setattr(holder, name, fails)
+        with pytest.raises(MemoryError, match="no room"):
+            train(model, optimizer, 2, 3)
+        setattr(holder, name, works)
+        with pytest.raises(RuntimeError, match=r"on this rank alone \(MemoryError: no room\).*load a checkpoint"):
+            optimizer.state_dict()
+    else:
+        train(model, optimizer, 2, 3)
+    for step in (3, 4):
+        with pytest.raises(RuntimeError if hvd.rank() == 1 else PeerError, match="MemoryError: no room"):
+            train(model, optimizer, step, step + 1)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, 2, 3)
+    assert_same(dict(model.state_dict()), dict(expected))
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        ("commit", {}),
+        ("subtract", {}),
+        ("commit", {"exchange": "reduce_scatter"}),
+        ("commit", {"exchange": "hierarchical", "nodes": [0, 1]}),
+    ],
+)
+def test_no_room_after_the_exchange_on_one_rank(world: World, where: str, options: dict[str, Any]) -> None:
+    world.run(fails_after_the_exchange, where, options)
 
 
 def interrupted_in_an_operator() -> None:
