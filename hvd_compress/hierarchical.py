@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from .errors import PeerError, RankMismatchError
 from .ledger import Ledger
 from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
-from .node import MpiNode, Node, node_of
+from .node import MpiNode, Node, Parts, node_of
 from .operators import Operator
 from .pieces import Piece, cut, even_ends
 from .reducer import Reduced, Reducer
@@ -92,11 +93,11 @@ class HierarchicalReducer(Member):
         # State
         self._round = 0
         self._pending: dict[str, Tensor] = {}  # flat, in the working dtype
-        self._failure: Exception | None = None
         self._place: Place | None = None
         self._watch: Watch | None = None
         self._loaded: dict[str, Any] | None = None  # a state that waits for the shards to be known
-        self._told = False  # whether the node knows the outcome of this exchange
+        # Whether the ranks of the node know that this exchange fails, or that nothing has failed before its end
+        self._told = self._agreed = False
         # Once the ranks have met
         self._topology: Topology
         self._shards: list[list[Piece]]
@@ -205,10 +206,6 @@ class HierarchicalReducer(Member):
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 
-    def let_fail(self, error: Exception) -> None:
-        """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
-        self._failure = self._failure or error
-
     def reduce(
         self,
         step: int | None = None,
@@ -220,7 +217,7 @@ class HierarchicalReducer(Member):
         """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`.
 
         An overflow is blamed on the rank that owns the shard on the node where it was met, whichever of the node's
-        ranks it came from.
+        ranks it came from. A rank that fails where others of its node wait for it, and cannot be told, ends the job.
         """
         assert self._watch is not None, "open() comes first"
         self._watch.begin()
@@ -228,39 +225,56 @@ class HierarchicalReducer(Member):
         try:
             with self._ledger.timed("exchange"):
                 reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
-                return reduced.subtracted_from(minuends)
+                with self._alone():
+                    return reduced.subtracted_from(minuends)
+        except BaseException:
+            if self._node.size > 1 and not self._told:
+                self._watch.end_job(f"the others of its node wait for it, and it fails:\n{traceback.format_exc()}")
+            raise
         finally:
             self._ledger.shared.node += self._node.sent + self._status.sent - sent_before
             self._watch.end()
 
     def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
-        failure, self._pending, self._failure, self._told = self._failure, {}, None, False
-        failure, overflow_elsewhere = self._agree_to_start(list(pending), step, failure, overflow_elsewhere)
+        parts = self._parts(pending)
+        failure, self._pending, self._failure = self._failure, {}, self._spoilt
+        self._told = self._agreed = False
         try:
-            if failure is None:
-                self._sum_in_node(pending)
+            sums = self._make_room(pending, parts)
         except Exception as error:
-            failure = error
+            failure = failure or error
+        failure, overflow_elsewhere = self._agree_to_start(list(pending), step, failure, overflow_elsewhere)
+        if failure is None:
+            for dtype, its in parts.items():
+                self._node.sum_at_owners(its, [flat for flat in sums.values() if flat.dtype == dtype])
+            try:
+                self._add_to_shard(sums)
+            except Exception as error:
+                failure = error
         try:
             sums, overflow = self._sum_over_nodes(pending, failure, step, divisor, overflow_elsewhere)
         except Exception as error:
-            if not self._told:
+            if not self._told and not self._agreed:
                 self._tell(error)
             raise
         self._round += 1
-        for parts in self._parts(sums).values():
-            self._node.share(parts)
+        for its in self._parts(sums).values():
+            self._node.share(its)
+        self._told = True
         return Reduced(sums, overflow)
 
-    def _sum_in_node(self, tensors: Mapping[str, Tensor]) -> None:
-        """Give the sums of what this rank owns to the shard's exchange."""
+    def _make_room(self, tensors: Mapping[str, Tensor], parts: Mapping[torch.dtype, Parts]) -> dict[str, Tensor]:
+        """For the sums over the node of what this rank owns, and all that they are made with."""
         if tensors and self._round == self._node.rank == 0:
             self._advise(next(iter(tensors.values())).device)
+        for its in parts.values():
+            self._node.prepare(its)
         owned = [piece for piece in self._owned if piece.name in tensors]
-        sums = {piece.name: self._room(tensors[piece.name][piece.start : piece.stop]) for piece in owned}
-        for dtype, parts in self._parts(tensors).items():
-            self._node.sum_at_owners(parts, [sums[p.name] for p in owned if tensors[p.name].dtype == dtype])
+        return {piece.name: self._room(tensors[piece.name][piece.start : piece.stop]) for piece in owned}
+
+    def _add_to_shard(self, sums: dict[str, Tensor]) -> None:
+        """Give the sums over the node to the shard's exchange."""
         for name, flat in reversed(sums.items()):  # as buckets depart
             assert self._inner is not None
             if self._inner.size != self.size:
@@ -340,17 +354,18 @@ class HierarchicalReducer(Member):
 
     def _agree(self, overflow: Overflow) -> Overflow:
         """The overflow of all of the node's shards; raises what another one has met."""
-        self._told = True
         with self._ledger.timed("exchange"):
             told = self._exchange({"overflow": overflow, "failure": None}, _OUTCOME)
         if (error := self._peer_error(told)) is not None:
+            self._told = True
             raise error
+        self._agreed = True
         return sorted({(rank, name) for its in told for rank, name in its["overflow"]})
 
     def _tell(self, error: Exception) -> None:
         """Answer those who are in :meth:`_agree`."""
-        self._told = True
         self._exchange({"overflow": [], "failure": _text(error)}, _OUTCOME)
+        self._told = True
 
     def _peer_error(self, told: list[dict[str, Any]]) -> PeerError | None:
         failed = [(rank, its["failure"]) for rank, its in zip(self._called, told, strict=True)]
@@ -372,8 +387,10 @@ class HierarchicalReducer(Member):
         """See :meth:`hvd_compress.sender.Sender.state_dict`. The memory is that of this rank's shard.
 
         Raises:
-            RuntimeError: tensors were added that have not been exchanged.
+            RuntimeError: see there.
         """
+        if self._spoilt is not None:
+            raise self._spoilt
         if self._pending:
             raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
         if self._loaded is not None:
@@ -413,7 +430,7 @@ class HierarchicalReducer(Member):
             self._loaded = None if state["place"] is None else {**state, "place": tuple(state["place"])}
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed = state["round"], state["seed"]
-        self._pending, self._failure = {}, None
+        self._pending, self._failure, self._spoilt = {}, None, None
         if self._watch is not None:
             self._watch.give_up()
 

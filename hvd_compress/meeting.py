@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import horovod.torch as hvd
@@ -24,10 +25,12 @@ Place = tuple[int, int]  # a rank's place among those that reduce together, and 
 
 
 class Member:
-    """What all that sum over ranks tell of themselves."""
+    """What all that sum over ranks tell of themselves, and to each other."""
 
     _memory: Memory
     _place: Place | None  # once the ranks have met
+    _failure: Exception | None = None  # of the next exchange, on this rank
+    _spoilt: Exception | None = None  # why all exchanges fail, until a state is loaded
 
     @property
     def size(self) -> int:
@@ -45,6 +48,26 @@ class Member:
     def covers_small(self) -> bool:
         """Whether small tensors have to come here too."""
         return self._memory.covers_small
+
+    def let_fail(self, error: Exception) -> None:
+        """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
+        self._failure = self._failure or error
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context for what comes after the others were told that all is well.
+
+        What fails there leaves this rank half changed. It raises here, and in all exchanges from then on, on all
+        ranks, until a state is loaded.
+        """
+        try:
+            yield
+        except BaseException as error:
+            self._failure = self._spoilt = RuntimeError(
+                f"an earlier exchange failed on this rank alone ({type(error).__name__}: {error}), and it differs "
+                "from the others since then: load a checkpoint on all ranks"
+            )
+            raise
 
 
 def statement(

@@ -29,7 +29,7 @@ class Node(ABC):
     """Sums vectors over ranks that share a node, each at its owner, and hands results back.
 
     The first ranks each own some of the vectors. However long these are, buffers in between are small, and have fewer
-    elements than a C int counts.
+    elements than a C int counts. They are kept from one time to the next.
 
     Args:
         rank: this one's number in the node.
@@ -46,6 +46,16 @@ class Node(ABC):
         self._staged = staged
         # State
         self.sent = 0  # bytes of all send buffers handed over so far
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def prepare(self, parts: Parts) -> None:
+        """Make the buffers for :meth:`sum_at_owners` and :meth:`share`. Not collective.
+
+        So memory runs out here, if it does, where no other rank waits for this one.
+        """
+        for _, ranges, like in self._rounds(parts):
+            self._prepare(like, [stop - start for start, stop in ranges])
+            return  # the first round has most
 
     def sum_at_owners(self, parts: Parts, sums: Sequence[Tensor]) -> None:
         """``sums`` become the sums over ranks of ``parts[self.rank]``. Collective.
@@ -56,7 +66,7 @@ class Node(ABC):
         """
         for number, ranges, like in self._rounds(parts):
             lengths = [stop - start for start, stop in ranges]
-            rows = self._buffer(like, (self.size, max(lengths)))
+            rows = self._outgoing(like, self.size * max(lengths)).view(self.size, max(lengths))
             for owner, (start, stop) in enumerate(ranges):
                 _read(parts[owner], start, stop, rows[owner])
             total = self._sum(rows, lengths, f"sum.{number}")
@@ -67,7 +77,7 @@ class Node(ABC):
         """``parts[owner]`` becomes what it is on its owner, in place. Collective; see :meth:`sum_at_owners`."""
         for number, ranges, like in self._rounds(parts):
             lengths = [stop - start for start, stop in ranges] + [0] * (self.size - len(parts))
-            mine = self._buffer(like, (lengths[self.rank],))
+            mine = self._outgoing(like, lengths[self.rank])
             if len(mine):
                 _read(parts[self.rank], *ranges[self.rank], mine)
             gathered = self._gather(mine, lengths, f"share.{number}").split(lengths)
@@ -85,8 +95,18 @@ class Node(ABC):
         for number, start in enumerate(range(0, max(lengths), step)):
             yield number, [(min(start, n), min(start + step, n)) for n in lengths], like
 
+    def _prepare(self, like: Tensor, lengths: Sequence[int]) -> None:
+        self._outgoing(like, self.size * max(lengths))
+
+    def _buffer(self, what: str, elements: int, like: Tensor) -> Tensor:
+        """A vector of ``like``'s dtype and device, holding anything."""
+        kept = self._buffers.get((what, like.dtype))
+        if kept is None or len(kept) < elements:
+            kept = self._buffers[what, like.dtype] = like.new_empty(elements)
+        return kept[:elements]
+
     @abstractmethod
-    def _buffer(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def _outgoing(self, like: Tensor, elements: int) -> Tensor:
         """Room for what is handed over."""
 
     @abstractmethod
@@ -112,14 +132,22 @@ class MpiNode(Node):
         super().__init__(communicator.Get_rank(), communicator.Get_size(), staged)
         self._communicator = communicator
 
-    def _buffer(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=like.dtype)
+    def _prepare(self, like: Tensor, lengths: Sequence[int]) -> None:
+        super()._prepare(like, lengths)
+        mine = lengths[self.rank] if self.rank < len(lengths) else 0
+        self._incoming(like.dtype, max(self.size * mine, sum(lengths)))
+
+    def _outgoing(self, like: Tensor, elements: int) -> Tensor:
+        return self._buffer("outgoing", elements, torch.empty(0, dtype=like.dtype))
+
+    def _incoming(self, dtype: torch.dtype, elements: int) -> Tensor:
+        return self._buffer("incoming", elements, torch.empty(0, dtype=dtype))
 
     def _sum(self, rows: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         counts = [*lengths, *[0] * (self.size - len(lengths))]
         mine = counts[self.rank]
         counts[self.rank] = 0
-        received = torch.empty((self.size, mine), dtype=rows.dtype)
+        received = self._incoming(rows.dtype, self.size * mine).view(self.size, mine)
         expected = [0 if rank == self.rank else mine for rank in range(self.size)]
         self._communicator.Alltoallv(
             [rows.view(-1).numpy(), (counts, [owner * rows.shape[1] for owner in range(self.size)])],
@@ -132,7 +160,7 @@ class MpiNode(Node):
         return received[0]
 
     def _gather(self, mine: Tensor, lengths: Sequence[int], what: str) -> Tensor:
-        gathered = torch.empty(sum(lengths), dtype=mine.dtype)
+        gathered = self._incoming(mine.dtype, sum(lengths))
         starts = [0, *np.cumsum(lengths)[:-1].tolist()]
         self._communicator.Allgatherv(mine.numpy(), [gathered.numpy(), (lengths, starts)])
         self.sent += mine.nbytes
@@ -158,8 +186,8 @@ class HorovodNode(Node):
         self._process_set = process_set
         self._name = name
 
-    def _buffer(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return like.new_empty(shape)
+    def _outgoing(self, like: Tensor, elements: int) -> Tensor:
+        return self._buffer("outgoing", elements, like)
 
     def _sum(self, rows: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         name = f"{self._name}.{rows.dtype}.{what}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +83,6 @@ class Sender(Member):
         self._round = 0
         self._pending: dict[str, Pending] = {}
         self._messages: dict[str, Message] = {}  # of these, until they are sent
-        self._failure: Exception | None = None
-        self._spoilt: Exception | None = None  # why this rank's exchanges fail until a state is loaded
         self._place: Place | None = None  # once the ranks have met
         self._saved_as: Place | None = None  # in the state that was loaded
 
@@ -101,10 +98,6 @@ class Sender(Member):
                 self._pending[name], self._messages[name] = self._compress(name, tensor)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
-
-    def let_fail(self, error: Exception) -> None:
-        """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
-        self._failure = self._failure or error
 
     def state_dict(self) -> dict[str, Any]:
         """What makes the next exchange go on as if there had been no restart: memory, counters, seed, ledger.
@@ -205,22 +198,6 @@ class Sender(Member):
         messages = {name: self._messages[name] for name in pending if name in self._messages}
         failure, self._pending, self._messages, self._failure = self._failure, {}, {}, self._spoilt
         return pending, messages, failure
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A context for what comes after the others were told that all is well.
-
-        What fails there leaves this rank half changed. It raises here, and in all exchanges from then on, on all
-        ranks, until a state is loaded.
-        """
-        try:
-            yield
-        except BaseException as error:
-            self._failure = self._spoilt = RuntimeError(
-                f"an earlier exchange failed on this rank alone ({type(error).__name__}: {error}), which differs from "
-                "the others since then: load a checkpoint on all ranks"
-            )
-            raise
 
     def _energy(self) -> float:
         """The squared norm of what was compressed since the last time, if the schedule asks for it."""

@@ -27,7 +27,7 @@ from test_scale import (
     step_of,
 )
 from torch import Tensor
-from world import World
+from world import World, launch
 
 from hvd_compress import Compression, PeerError, RankMismatchError
 from hvd_compress.exchanges import reducer
@@ -335,37 +335,68 @@ def test_a_failure_reaches_all_ranks(world: World, how: str, text: str, operator
     world.run(a_failure_reaches_all, UNEVEN, True, how, text, operator)
 
 
-def sum_fails_on_one_rank() -> None:
-    """An error of the library below, on one rank only, after all have agreed to begin."""
+def no_room_on_one_rank(what: str) -> None:
+    """For the sum over the node, or for what it is made with."""
     one = made(EVEN, TINY)
 
     def add(step: int) -> None:
         for name, tensor in gradients(hvd.rank(), step).items():
             one.add(name, tensor)
 
+    def fails(*_: Any) -> Any:
+        raise MemoryError("no room")
+
     add(0)
     one.reduce()
     before = {n: m.clone() for n, m in memories(one.state_dict()).items()}
-    works = one._node.sum_at_owners
-
-    def breaks(parts: Any, sums: Any) -> None:
-        works(parts, sums)
-        raise MemoryError("no room")
-
+    holder, name = {"sum": (one, "_room"), "buffers": (one._node, "_outgoing")}[what]
+    works = getattr(holder, name)
     if hvd.rank() == 1:
-        one._node.sum_at_owners = breaks  # type: ignore[method-assign]
+        setattr(holder, name, fails)
     add(1)
     with pytest.raises((PeerError, MemoryError), match="no room"):
         one.reduce()
-    one._node.sum_at_owners = works  # type: ignore[method-assign]
+    setattr(holder, name, works)
     assert all(torch.equal(m, before[n]) for n, m in memories(one.state_dict()).items())
     add(1)
     assert_replicas_identical(list(one.reduce().sums.values()))
 
 
 @pytest.mark.ranks(4)
-def test_a_sum_that_fails_on_one_rank(world: World) -> None:
-    world.run(sum_fails_on_one_rank)
+@pytest.mark.parametrize("what", ["sum", "buffers"])
+def test_no_room_for_the_sum_on_one_rank(world: World, what: str) -> None:
+    world.run(no_room_on_one_rank, what)
+
+
+def test_a_sum_that_fails_on_one_rank() -> None:
+    """The other one of the node is in MPI and cannot be told."""
+    script = """
+import torch, horovod.torch as hvd
+from hvd_compress import Compression, QsparseLocalSGD
+from hvd_compress.node import MpiNode
+hvd.init()
+model = torch.nn.Linear(50, 50)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+compression = Compression.topk(ratio=0.1, exchange="hierarchical", dense_below=0)
+optimizer = QsparseLocalSGD(
+    torch.optim.SGD(model.parameters(), lr=0.1), named_parameters=model.named_parameters(), compression=compression)
+def step():
+    model(torch.randn(4, 50)).square().sum().backward()
+    optimizer.step()
+def fails(*_):
+    raise MemoryError("no room")
+step()
+if hvd.rank() == 1: MpiNode._sum = fails
+try:
+    step()
+finally:
+    print("the end")
+"""
+    ended = launch(2, script)
+    assert ended.returncode != 0
+    assert "rank 1 ends the job: the others of its node wait for it, and it fails" in ended.stdout
+    assert "MemoryError: no room" in ended.stdout
+    assert "the end" not in ended.stdout
 
 
 def copies_nothing_it_need_not(nodes: Sequence[int]) -> int:

@@ -68,6 +68,10 @@ class Watch:
         self._watcher.done += 1
         self._watcher.since = None
 
+    def end_job(self, why: str) -> NoReturn:
+        """Where others wait for this rank, and cannot be told that it fails."""
+        self._watcher.end_job(why)
+
 
 class _Watcher:
     """The thread's side, which lives on until the program has no more use for the exchange."""
@@ -137,7 +141,7 @@ class _Watcher:
         waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
         if waiting:
             ranks = _list(waiting)
-            self._end_job(f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it")
+            self.end_job(f"its program has ended, and {self._what} {self.done + 1} of rank(s) {ranks} waits for it")
         return True
 
     def _run(self) -> None:
@@ -178,7 +182,7 @@ class _Watcher:
             return
         ended = [rank for rank, told in self._gone.items() if told["done"] <= done]
         if ended and now - max(since, *(self._gone[rank]["at"] for rank in ended)) > _ANSWER_SECONDS:
-            self._end_job(
+            self.end_job(
                 f"the program of rank(s) {_list(ended)} has ended, and {self._what} {done + 1} waits for them"
             )
         if self._asked is None:
@@ -192,7 +196,7 @@ class _Watcher:
         absent = {rank: told for rank, told in self._told.items() if told["done"] <= done and not told["waits"]}
         silent = [rank for rank in self._others if rank not in self._told]
         if (self.since, self.done) == (since, done) and (absent or silent):
-            self._end_job(self._verdict(now - since, absent, silent))
+            self.end_job(self._verdict(now - since, absent, silent))
         logger.warning("all ranks have come to %s %d, and wait since %.0f s", self._what, done + 1, now - since)
         self._asked, self._quiet_until = None, now + self._timeout
 
@@ -213,7 +217,7 @@ class _Watcher:
             ]
         return "\n".join(lines)
 
-    def _end_job(self, why: str) -> NoReturn:
+    def end_job(self, why: str) -> NoReturn:
         self._say(why)
         self._communicator.Abort(1)
         raise SystemExit  # Abort does not return
