@@ -437,6 +437,8 @@ class HierarchicalReducer(Member):
     def reset_memory(self) -> None:
         """Forget what the memory holds. Do it on all ranks, between exchanges."""
         self._memory.reset()
+        if self._loaded is not None and self._loaded["inner"] is not None:
+            self._loaded = {**self._loaded, "inner": {**self._loaded["inner"], "memory": {}}}
 
     def residual(self, name: str) -> Tensor | None:
         """Not to be had: a node's memory of a tensor may lie with several of its ranks.

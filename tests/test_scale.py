@@ -572,7 +572,7 @@ def test_nodes_that_do_not_speak_of_all_ranks(world: World) -> None:
 # State
 
 
-def resumes(path: str, options: dict[str, Any]) -> None:
+def resumes(path: str, options: dict[str, Any], forgets: bool = False) -> None:
     def run(optimizer: Any, model: Vectors, steps: range) -> None:
         for step in steps:
             step_of(model, optimizer, step)
@@ -581,12 +581,16 @@ def resumes(path: str, options: dict[str, Any]) -> None:
     optimizer, owner = on_path(path, straight, k=30, dense_below=0, **options)
     run(optimizer, straight, range(3))
     saved = through_a_file((straight.state_dict(), owner.state_dict()))
+    if forgets:
+        owner.reset_memory()
     run(optimizer, straight, range(3, 6))
 
     resumed = Vectors(SHAPES)
     optimizer, again = on_path(path, resumed, k=30, dense_below=0, **options)
     resumed.load_state_dict(saved[0])
     again.load_state_dict(saved[1])
+    if forgets:
+        again.reset_memory()
     if path == "gradient":  # not a thing has changed by being loaded and saved
         assert again.state_dict()["round"] == 3
     run(optimizer, resumed, range(3, 6))
@@ -605,6 +609,13 @@ def resumes(path: str, options: dict[str, Any]) -> None:
 def test_resume_bit_for_bit(world: World, path: str) -> None:
     world.run(resumes, path, {"exchange": "hierarchical", "nodes": UNEVEN})
     world.run(resumes, path, {"exchange": "reduce_scatter"})
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("options", [{"exchange": "hierarchical", "nodes": UNEVEN}, {"exchange": "reduce_scatter"}])
+def test_memory_may_be_wiped_after_a_resume(world: World, options: dict[str, Any]) -> None:
+    world.run(resumes, "gradient", options, True)
+    world.run(resumes, "local", options, True)
 
 
 def another_layout() -> str:
