@@ -294,8 +294,12 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _private(communicator: MPI.Intracomm | None) -> MPI.Intracomm:
-    """Nothing that goes on elsewhere may meet these messages."""
-    return members(hvd.global_process_set, communicator)[0].Dup()
+    """Nothing that goes on elsewhere may meet these messages; who raises ends the job, rather than be waited for."""
+    from .exchange import abort_on_uncaught_exception
+
+    private = members(hvd.global_process_set, communicator)[0].Dup()
+    abort_on_uncaught_exception(private)
+    return private
 
 
 def _file(rank: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -531,6 +532,41 @@ def evaluate():
 )
 def test_a_rank_that_does_not_come_ends_the_job(wrong: str, others: str, texts: list[str]) -> None:
     ended = launch(3, LOCAL + f"if hvd.rank() == 1: {wrong}\n{others}\nprint('the end')")
+    assert ended.returncode != 0
+    assert "the end" not in ended.stdout
+    assert all(text in ended.stdout for text in texts), ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "texts"),
+    [
+        ("raise KeyError('only here')", ["KeyError: 'only here'", "rank 1 failed with KeyError; ending the job"]),
+        (
+            "raise SystemExit",
+            [
+                "rank 1 ends the job: its program has ended, and rank(s) 0, 2 wait",
+                "hvd.allreduce(torch.ones(1))",
+                "checkpoints.save(1, {})",
+            ],
+        ),
+    ],
+    ids=["raises", "exits"],
+)
+def test_a_rank_that_others_wait_for_elsewhere_ends_the_job(tmp_path: Path, wrong: str, texts: list[str]) -> None:
+    """In Horovod's own calls and in those of checkpoints, before any exchange."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import torch, horovod.torch as hvd
+from hvd_compress import Checkpoints, Interruption
+hvd.init()
+checkpoints, interruption = Checkpoints({str(tmp_path)!r}), Interruption()
+interruption.agreed()
+if hvd.rank() == 0: hvd.allreduce(torch.ones(1))
+if hvd.rank() == 1: {wrong}
+checkpoints.save(1, {{}})
+print('the end')
+""")
+    ended = launch(3, [str(script)])
     assert ended.returncode != 0
     assert "the end" not in ended.stdout
     assert all(text in ended.stdout for text in texts), ended.stdout

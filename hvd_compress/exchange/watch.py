@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,6 +24,8 @@ from ..errors import PeerError
 
 _LOOK_SECONDS = 0.25  # between two looks at what the others ask; each costs some microseconds
 _ANSWER_SECONDS = 5.0  # in which a rank that is alive answers, whatever its program does
+_STUCK_SECONDS = 10.0  # in one call, after which it is taken to wait for a rank whose program has ended
+_WAIT = ("horovod.", "hvd_compress.checkpoint")  # modules whose calls wait for other ranks, unwatched
 _ASK, _TELL, _GONE = range(3)
 
 logger = logging.getLogger(__name__)
@@ -34,8 +37,8 @@ class Watch:
     A collective operation that has begun cannot be given up, so an exception would not help. Each rank has a thread
     that answers the question where its program is. Who has waited for ``timeout`` seconds asks all others, prints who
     has not come to the exchange, and where their programs are instead, and aborts. A rank whose program has ended
-    without it says so, and is not waited for that long. While all are in the exchange, nobody is missing: then a
-    network is slow, and the rank waits on. Collective.
+    without it says so, and is not waited for that long, nor in Horovod's own calls, once all others are stuck there.
+    While all are in the exchange, nobody is missing: then a network is slow, and the rank waits on. Collective.
 
     Args:
         communicator: of the ranks; a copy is made.
@@ -93,6 +96,8 @@ class _Watcher:
         self._gone: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, float] = {}  # when, at the end of the program
         self._quiet_until = 0.0  # while another rank is asking
+        self._call: tuple[FrameType, int] | None = None  # that the program is in, if it may wait for others there
+        self._called = 0.0  # since when, at least
         self._outgoing: list[tuple[MPI.Request, Any]] = []
         self._thread = threading.Thread(target=self._run, name="hvd_compress watch", daemon=True)
 
@@ -138,6 +143,10 @@ class _Watcher:
                 self._send(rank, _ASK, self._place())
         self._receive()
         self._heard.update((rank, now) for rank in self._told)
+        alive = [rank for rank in left if now - self._heard[rank] <= 6 * _ANSWER_SECONDS]
+        if all(rank in self._told and self._told[rank]["stuck"] > _STUCK_SECONDS for rank in alive):
+            stacks = (f"Rank {rank} is here:\n{self._told[rank]['stack']}" for rank in alive)
+            self.end_job("\n".join([f"its program has ended, and rank(s) {_list(alive)} wait for others", *stacks]))
         waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
         if waiting:
             ranks = _list(waiting)
@@ -152,6 +161,8 @@ class _Watcher:
                 if is_there:
                     self._receive()
                     self._look(time.monotonic())
+                    if self._gone:
+                        self._look_at_program(time.monotonic())
             # A Horovod that started MPI ends it as soon as one rank's program ends.
             if not is_there and self.since is not None:
                 self._say(f"{self._what} {self.done + 1} waits for a rank whose program has ended, and MPI with it")
@@ -200,8 +211,17 @@ class _Watcher:
         logger.warning("all ranks have come to %s %d, and wait since %.0f s", self._what, done + 1, now - since)
         self._asked, self._quiet_until = None, now + self._timeout
 
+    def _look_at_program(self, now: float) -> None:
+        """A program that stays where it may wait for others waits for one that has ended, most likely."""
+        frame = _frame()
+        may_wait = frame is not None and frame.f_globals.get("__name__", "").startswith(_WAIT)
+        call = (frame, frame.f_lasti) if frame is not None and may_wait else None
+        if call != self._call:
+            self._call, self._called = call, now
+
     def _place(self) -> dict[str, Any]:
-        return {"done": self.done, "waits": self.since is not None, "stack": _stack()}
+        stuck = 0.0 if self._call is None else time.monotonic() - self._called
+        return {"done": self.done, "waits": self.since is not None, "stuck": stuck, "stack": _stack()}
 
     def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
         missing = sorted([*absent, *silent])
@@ -236,7 +256,12 @@ def _read(text: bytes) -> dict[str, Any] | None:
     """What a rank says; None if that is nothing of ours."""
     try:
         what = json.loads(text)
-        return {"done": int(what["done"]), "waits": bool(what["waits"]), "stack": str(what["stack"])}
+        return {
+            "done": int(what["done"]),
+            "waits": bool(what["waits"]),
+            "stuck": float(what["stuck"]),
+            "stack": str(what["stack"]),
+        }
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -283,9 +308,14 @@ def _end_of_program() -> None:
         time.sleep(0.002)
 
 
+def _frame() -> FrameType | None:
+    """The innermost one of the program; not this thread's."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
 def _stack() -> str:
-    """Where the program is; not this thread."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    """Where the program is."""
+    frame = _frame()
     return "".join(traceback.format_stack(frame)).rstrip() if frame else "(at its end)"
 
 
