@@ -234,6 +234,27 @@ def test_models_and_settings_that_differ(world: World, kind: str, texts: list[st
     assert all(text in messages[0] for text in texts)
 
 
+def meet_in_another_order() -> str:
+    models = [Vectors({name: (30,)}) for name in ("generator", "discriminator")]
+    optimizers = [
+        wrap(model, Compression.topk(k=3, dense_below=0, named_parameters=model.named_parameters()))
+        for model in models
+    ]
+    ((name, first),) = models[hvd.rank()].named_parameters()
+    with pytest.raises(RankMismatchError) as caught:
+        models[hvd.rank()]({name: torch.ones_like(first)}).backward()
+    del optimizers
+    return str(caught.value)
+
+
+@pytest.mark.ranks(2)
+def test_compressors_that_meet_in_another_order(world: World) -> None:
+    first, second = world.run(meet_in_another_order)
+    assert first == second
+    assert "tensor generator" in first
+    assert "tensor discriminator" in first
+
+
 def absent(who: int) -> str:
     model = Vectors({"w": (30,)})
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

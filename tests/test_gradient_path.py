@@ -385,6 +385,31 @@ def test_gradients_in_buffers_that_live_on(world: World, buffers: str, exchange:
     world.run(gradients_in_buffers_that_live_on, buffers, exchange)
 
 
+def frozen_later(forgets: bool) -> None:
+    model = Vectors(SHAPES)
+    compression, optimizer = wrap(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.step()
+    frozen = model.get_parameter("a").requires_grad_(False)
+    before = frozen.detach().clone()
+    if forgets:
+        compression.reset_memory()
+    for step in range(3, 6):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.step()
+    assert torch.equal(before, frozen) == forgets
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_parameter_that_is_frozen_later(world: World, forgets: bool) -> None:
+    world.run(frozen_later, forgets)
+
+
 class WithEmbedding(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
