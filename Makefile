@@ -15,7 +15,7 @@ help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST))
 	@echo 'Options: ARGS="for the program"  MPI=pip|system  PYTHON=/path/to/python3.11'
 
-env: ## make .venv: torch, MPI, Horovod, this project (the first time: about 10 minutes, 7 GB)
+env: ## make .venv: torch, MPI, Horovod, this project (the first time: about 10 minutes, 8 GB)
 	@$(BOOTSTRAP)
 
 demo: env ## train on 2 ranks, uncompressed and compressed, and compare

@@ -1,4 +1,4 @@
-"""A convolutional network on small images, with any compressor.
+"""A convolutional network on small images, with a compressor by its name.
 
     mpirun -np 2 python examples/cnn.py --compression qtopk --ratio 0.01
     mpirun -np 2 python examples/cnn.py --data /path/to/cifar --compression signtopk --ratio 0.01
@@ -10,6 +10,7 @@ digits that come with scikit-learn, enlarged to CIFAR's 3 × 32 × 32.
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 
 import horovod.torch as hvd
@@ -21,6 +22,12 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from hvd_compress import Compression
+from hvd_compress.compression import COMPRESSORS
+
+MOMENTUM = 0.9
+PLAIN = ("none", "fp16")
+NOT_HERE = ("adaptive_topk", "accordion", "hard_threshold", "threshold", "cd_adam")
+"""What needs more settings than a ratio, or an optimizer of its own: every_compressor.py has them."""
 
 
 class CNN(nn.Sequential):
@@ -56,12 +63,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     model = CNN()
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-    settings = {} if args.compression in ("none", "fp16") else {"named_parameters": model.named_parameters()}
-    if args.compression in ("topk", "qtopk", "signtopk", "randk"):
-        settings["ratio"] = args.ratio
-    compression = Compression.by_name(args.compression, **settings)
+    settings = settings_of(args)
+    named = {} if args.compression in PLAIN else {"named_parameters": model.named_parameters()}
+    compression = Compression.by_name(args.compression, **settings, **named)
+    momentum = 0.0 if "momentum" in settings else MOMENTUM  # once: some compressors have it on the ranks
     optimizer = hvd.DistributedOptimizer(
-        torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9),
+        torch.optim.SGD(model.parameters(), lr=args.lr, momentum=momentum),
         named_parameters=model.named_parameters(),
         compression=compression,
     )
@@ -82,18 +89,30 @@ def main() -> None:
     model.eval()
     with torch.no_grad():
         right = torch.cat([model(part).argmax(1) for part in test_images.split(256)]) == test_labels
-    accuracy = float(hvd.allreduce(right.float().mean(), name="accuracy"))
+    # Counts, not accuracies: ranks may have different numbers of images.
+    correct, number = hvd.allreduce(torch.tensor([right.sum(), len(right)]), name="correct", op=hvd.Sum).tolist()
     if hvd.rank() == 0:
-        print(f"loss {losses[0]:.2f} at first, {sum(losses[-5:]) / 5:.2f} at last; accuracy {accuracy:.1%}")
-        if settings:  # Horovod's own compressors count nothing
+        print(f"loss {losses[0]:.2f} at first, {sum(losses[-5:]) / 5:.2f} at last; accuracy {correct / number:.1%}")
+        if args.compression not in PLAIN:  # Horovod's own compressors count nothing
             print(compression.ledger.total)
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, float]:
+    """The ratio and the momentum, if the compressor takes them."""
+    if args.compression in PLAIN:
+        return {}
+    taken = inspect.signature(COMPRESSORS[args.compression]).parameters
+    return {name: value for name, value in {"ratio": args.ratio, "momentum": MOMENTUM}.items() if name in taken}
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory with cifar-10-batches-py")
-    parser.add_argument("--compression", default="topk", help="Compression.<name> (%(default)s)")
+    names = [*PLAIN, *(name for name in COMPRESSORS if name not in NOT_HERE)]
+    parser.add_argument(
+        "--compression", default="topk", choices=names, metavar="NAME", help=f"{', '.join(names)} (topk)"
+    )
     parser.add_argument("--ratio", type=float, default=0.01, help="of those that select elements (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="of each rank (%(default)s)")

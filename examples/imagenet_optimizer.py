@@ -119,7 +119,7 @@ def make_steps(
     method: Method, model: nn.Module, args: argparse.Namespace, scaler: torch.amp.GradScaler, steps_per_epoch: int
 ) -> Steps:
     """The chosen method's."""
-    # Linear scaling: the paper's 0.128 · (256 · ranks) / 1024 at a batch size of 256.
+    # Linear scaling: the authors' 0.128 · (256 · ranks) / 1024 at a batch size of 256.
     sgd = torch.optim.SGD(
         parameter_groups(model, args.weight_decay, args.decay_norm),
         args.lr * args.batch_size * hvd.size() / 256,

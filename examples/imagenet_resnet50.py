@@ -4,7 +4,7 @@ Without arguments it trains on a small set of real images that comes with scikit
 
     mpirun -np 2 python examples/imagenet_resnet50.py --compare
 
-The Qsparse-local-SGD paper's set-up (arXiv 1906.02367), on 8 GPUs:
+After the Qsparse-local-SGD paper (arXiv 1906.02367; docs/papers.md says what differs), on 8 GPUs:
 
     mpirun -np 8 python examples/imagenet_resnet50.py --data /path/to/imagenet --output runs/paper
 

@@ -1,4 +1,4 @@
-"""A plain Horovod script with the five lines that compress its gradients. Run: mpirun -np 2 python quickstart.py."""
+"""A plain Horovod script with the four lines that compress its gradients. Run: mpirun -np 2 python quickstart.py."""
 
 import horovod.torch as hvd
 import torch
@@ -33,6 +33,7 @@ def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 if __name__ == "__main__":
     hvd.init()
+    torch.manual_seed(0)  # so that its figures can be repeated
     model = Net()
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     compression = Compression.topk(ratio=0.01, named_parameters=model.named_parameters())

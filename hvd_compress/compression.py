@@ -157,7 +157,7 @@ class Compression(hvd.Compression):
             options: see :meth:`of`.
 
         Raises:
-            ValueError, TypeError: a setting out of its range, or a composition that is no contraction.
+            ValueError, TypeError: a setting out of its range, or an l2-norm composition that is no contraction.
         """
         operator = compose(TopK(k=k, ratio=ratio), QSGD(bits=bits, norm=norm), scaled=scaled)
         return Compression.of(operator, **options)

@@ -2,9 +2,10 @@
 
 Horovod calls ``compress(p.grad)`` for one gradient after the other while the backward pass runs, sums what that
 returns, and later calls ``decompress`` for each. Here ``compress`` keeps the gradient's message and gives Horovod
-a *ticket* of two numbers to sum; the first ``decompress`` of a step exchanges all messages at once through MPI, and
-each hands back its tensor's average. Horovod negotiates tickets by name, so by the time that one is summed every
-rank has compressed all its gradients, whatever their order was; the exchange itself happens once, in a fixed order.
+a *ticket* of two numbers to sum. Messages travel through MPI in buckets, in an order that all ranks share, while the
+backward pass goes on; the first ``decompress`` of a step sends off what is left and waits for all of them, and each
+hands back its tensor's average. Horovod negotiates tickets by name, so by the time that one is summed every rank has
+compressed that gradient, whatever the order of its own.
 """
 
 from __future__ import annotations

@@ -234,7 +234,7 @@ def make_environment(mpi: Mpi) -> None:
             horovod.check_compiler()  # before the user waits for torch in vain
         if (free := shutil.disk_usage(ROOT).free) < SPACE_NEEDED:
             raise BuildError(
-                f"{free / GIB:.1f} GB are free in {ROOT}; torch and its CUDA libraries need about 7 GB.",
+                f"{free / GIB:.1f} GB are free in {ROOT}; torch and its CUDA libraries need 8 GB.",
                 "Make room, or move the project to another disk.",
             )
         with unfinished():

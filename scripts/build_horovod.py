@@ -83,7 +83,7 @@ DIAGNOSES = (
     Diagnosis(
         r"No space left on device|Disk quota exceeded",
         "The disk is full.",
-        "torch and its CUDA libraries need about 7 GB here; pip also unpacks in $TMPDIR (set it elsewhere).",
+        "torch and its CUDA libraries need 8 GB here; pip also unpacks in $TMPDIR (set it elsewhere).",
     ),
     Diagnosis(
         r"Killed signal terminated program|internal compiler error: Killed|cc1plus: out of memory",

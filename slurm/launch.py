@@ -116,8 +116,8 @@ def _setup(profile: Profile) -> list[str]:
     if profile.cpus_per_task is not None:
         environment.setdefault("OMP_NUM_THREADS", str(profile.cpus_per_task))
     return [
-        *(f"module load {shlex.quote(module)} || exit 1" for module in profile.modules),
         *profile.setup,
+        *(f"module load {shlex.quote(module)} || exit 1" for module in profile.modules),
         *(f"export {name}={shlex.quote(str(value))}" for name, value in environment.items()),
     ]
 

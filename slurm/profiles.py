@@ -45,7 +45,7 @@ class Profile:
     srun: tuple[str, ...] = ()  # more arguments
     mpirun: tuple[str, ...] = ()  # more arguments
     modules: tuple[str, ...] = ()  # to load
-    setup: tuple[str, ...] = ()  # shell lines before the start
+    setup: tuple[str, ...] = ()  # shell lines before all else
     environment: Mapping[str, str] = field(default_factory=dict)
     container: tuple[str, ...] = ()  # command before the script's Python: apptainer exec --nv image.sif
     python: str | None = None  # that runs the script; None: the one that submits

@@ -2,7 +2,7 @@
 """Submit training to Slurm, watch it, and collect what came out.
 
     python slurm/submit.py --nodes 4 --gpus-per-node 8 --partition gpu --time 12:00:00 -- \\
-        examples/imagenet_resnet50.py --data /path/to/imagenet --checkpoint runs/first
+        examples/imagenet_resnet50.py --data /path/to/imagenet --output runs/first
 
 What comes after -- is any Python program and its arguments; it runs once for each GPU, as one MPI job. If it ends
 with status 75 (it has saved its state, see docs/slurm.md) the job is requeued and the same command goes on.

@@ -238,7 +238,7 @@ def test_the_quickstart_learns_and_saves_what_its_page_says(printed: Callable[[s
     assert losses[-1] < 0.5 < losses[0]
     (shown,) = blocks("docs/quickstart.md", "text")
     saved, expected = (re.findall(r"([\d.]+) times less", text)[0] for text in (text, shown.text))
-    assert float(saved) == pytest.approx(float(expected), rel=0.03)  # the weights are random
+    assert float(saved) == pytest.approx(float(expected), rel=0.01)  # another processor may round otherwise
 
 
 def test_the_table_of_bytes_is_what_its_command_prints(printed: Callable[[str], str]) -> None:

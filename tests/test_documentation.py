@@ -25,7 +25,7 @@ def test_the_diffs_are_the_quickstart(document: str) -> None:
     """Each line of the diff stands in the example, in this order; and without the added lines it is plain Horovod."""
     (diff,) = blocks(document, "diff")
     added = [line[1:] for line in diff.text.splitlines() if line.startswith("+")]
-    assert len(added) <= 5
+    assert len(added) == 4
     script = (ROOT / "examples" / "quickstart.py").read_text()
     position = 0
     for line in (line[1:].strip() for line in diff.text.splitlines()):
@@ -89,6 +89,23 @@ def test_links_lead_to_files_and_headings(document: str) -> None:
 def test_every_compressor_is_in_the_table() -> None:
     text = (ROOT / "docs" / "operators.md").read_text()
     assert all(f"`Compression.{name}" in text for name in COMPRESSORS)
+
+
+@pytest.mark.parametrize("document", ["docs/operators.md", "docs/scale.md"])
+def test_the_page_of_papers_has_each_paper(document: str) -> None:
+    of_papers = (ROOT / "docs" / "papers.md").read_text()
+    named = set(re.findall(r"\b\d{4}\.\d{5}\b", (ROOT / document).read_text()))
+    assert named
+    assert [paper for paper in sorted(named) if paper not in of_papers] == []
+
+
+def test_the_reference_says_what_is_imported_from_the_package_itself() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert "Everything under the first four headings is imported from `hvd_compress` itself." in text
+    sections = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    for number, section in enumerate(sections):
+        names = re.findall(r":: hvd_compress\.(.+)$", section, flags=re.MULTILINE)
+        assert all((name in hvd_compress.__all__) == (number < 4) for name in names), section
 
 
 def test_tests_that_documents_name_exist() -> None:

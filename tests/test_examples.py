@@ -92,6 +92,22 @@ def test_cnn(world: World) -> None:
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize(("name", "least", "most"), [("dgc", 2.5, 3.5), ("ef21", 2.5, 3.5), ("none", 1, 1)])
+def test_cnn_by_name(world: World, name: str, least: float, most: float) -> None:
+    output, _ = world.run(run_example, "cnn.py", ["--compression", name, "--ratio", "0.3", "--epochs", "1"])
+    before, after = numbers(r"loss ([\d.]+) at first", output) + numbers(r"first, ([\d.]+) at last", output)
+    assert after < before
+    assert all(least <= saved <= most for saved in numbers(r"([\d.]+) times less", output))
+
+
+def test_cnn_refuses_what_a_ratio_is_not_enough_for(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("accordion", "threshold", "cd_adam", "topc"):
+        with pytest.raises(SystemExit):
+            run_example("cnn.py", ["--compression", name])
+        assert f"invalid choice: '{name}'" in capsys.readouterr().err
+
+
+@pytest.mark.ranks(2)
 def test_masked_words(world: World) -> None:
     arguments = [*shown("masked_words.py"), "--steps", "25", "--words", "1000"]
     output, _ = world.run(run_example, "masked_words.py", arguments)

@@ -813,6 +813,9 @@ def test_costs_are_what_the_algorithms_send() -> None:
     assert costs.allgather(cluster(2, 4), work).between == 21 * 1.3e6
     assert costs.allgather(cluster(2, 2), work).between == 4 * 1.3e6  # both of a node's ranks exchange two blocks
     assert costs.allgather(cluster(4, 4), work).between == 15 * 1.3e6  # a ring: each message enters a node once
+    for nodes, ranks in itertools.product(range(2, 9), range(1, 9)):  # docs/scale.md says between what
+        rounds = costs.allgather(cluster(nodes, ranks), work).between / 1.3e6
+        assert rounds <= ranks * (nodes * ranks - 1) + 1e-9
 
 
 def test_more_is_never_faster() -> None:

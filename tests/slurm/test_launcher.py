@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -72,6 +73,11 @@ class TestProfiles:
     def test_time(self, text: str, minutes: int) -> None:
         assert parse_time(text) == minutes
 
+    def test_the_one_for_gpus_explains_all_settings(self) -> None:
+        text = (profiles.CLUSTERS / "gpu.yaml").read_text()
+        settings = [setting.name for setting in dataclasses.fields(Profile)]
+        assert [name for name in settings if not re.search(rf"^#? ?{name}:|#.*\b{name}: ", text, re.MULTILINE)] == []
+
     def test_no_such_profile(self) -> None:
         with pytest.raises(ProfileError, match=r"there are apptainer, cpu, gpu, sandbox"):
             profiles.load("nowhere")
@@ -94,6 +100,11 @@ class TestSbatchFile:
         golden = GOLDEN / f"{name}.sh"
         assert text == golden.read_text()
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+    def test_setup_may_define_what_loads_modules(self) -> None:
+        profile = Profile(setup=("source /etc/profile",), modules=("gcc",), environment={"A": "1"})
+        text = slurm_executor(profile, Path("/shared"), "x").sbatch_file()
+        assert "\nsource /etc/profile\nmodule load gcc || exit 1\nexport A=1\n" in text
 
     def test_mpirun_starts_all_ranks_itself(self) -> None:
         profile = Profile(nodes=3, ranks_per_node=2, launcher="mpirun", mpirun=("--map-by", "core"), time="10")
