@@ -120,7 +120,8 @@ class QsparseLocalSGD(Wrapped):
         self._steps += 1
         for name, p in self._parameters.items():
             self.ledger.tensors[name].dense += p.nbytes
-        is_due = self.sync_every(self._steps) if callable(self.sync_every) else self._local_steps == self.sync_every
+        # More than sync_every after an exchange that failed, or if that was made smaller in mid-round.
+        is_due = self.sync_every(self._steps) if callable(self.sync_every) else self._local_steps >= self.sync_every
         if is_due:
             self.synchronize()
         return loss
@@ -136,7 +137,8 @@ class QsparseLocalSGD(Wrapped):
             NonFiniteError: a rank's parameters moved to inf or NaN. Every rank raises; parameters are back where
                 the round began and the memories are as they were. The inner optimizer's own state is not: to go on,
                 clear it (``optimizer.optimizer.state.clear()``) or load a checkpoint.
-            PeerError, RankMismatchError, WireError: the exchange failed, on every rank.
+            PeerError, RankMismatchError, WireError: the exchange failed, on every rank. The local steps stand and go
+                into the next exchange; with a number for ``sync_every``, that is after the next step.
         """
         if self._local_steps == 0:
             return

@@ -353,6 +353,49 @@ def test_no_room_for_a_difference_on_one_rank(world: World, who: int) -> None:
     world.run(fails_on_the_way, who)
 
 
+def tries_again() -> None:
+    """The exchange after step 4 fails on one rank: the one after step 5 takes all five steps along."""
+    model = Vectors({"w": (64,)})
+    optimizer = wrap(model, lr=1.0, sync_every=4, ratio=1.0, k=None)
+    slope = torch.arange(64.0)
+    moved = optimizer._moved
+
+    def fails(name: str) -> Tensor:
+        raise MemoryError("no room")
+
+    for step in range(12):
+        optimizer._moved = fails if step == 3 and hvd.rank() == 1 else moved
+        optimizer.zero_grad()
+        model({"w": slope}).backward()
+        if step == 3:
+            with pytest.raises(MemoryError if hvd.rank() == 1 else PeerError, match="no room"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        synchronised = (0, 0, 0, 0, 5, 5, 5, 5, 9, 9, 9, 9)[step]
+        with optimizer.evaluation():
+            assert torch.equal(model.get_parameter("w"), -synchronised * slope)
+
+
+@pytest.mark.ranks(2)
+def test_the_step_after_a_failed_exchange_exchanges_again(world: World) -> None:
+    world.run(tries_again)
+
+
+def a_shorter_period_in_mid_round() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=8)
+    train(model, optimizer, 0, 6)
+    optimizer.sync_every = 4
+    train(model, optimizer, 6, 12)
+    assert optimizer.ledger.exchanges == 2  # after steps 7 and 11
+
+
+@pytest.mark.ranks(1)
+def test_a_shorter_period_in_mid_round(world: World) -> None:
+    world.run(a_shorter_period_in_mid_round)
+
+
 def counts_exchanges(steps: int, sync_every: int) -> tuple[int, int]:
     model = Vectors(SHAPES)
     optimizer = wrap(model, sync_every=sync_every)
