@@ -113,18 +113,17 @@ class QsparseLocalSGD(Wrapped):
         Raises:
             NonFiniteError, PeerError, RankMismatchError, WireError: see :meth:`synchronize`.
         """
-        if self._steps == 0:
-            self._begin()
-        loss = self._local_step(closure)
-        self._local_steps += 1
-        self._steps += 1
-        for name, p in self._parameters.items():
-            self.ledger.tensors[name].dense += p.nbytes
-        # More than sync_every after an exchange that failed, or if that was made smaller in mid-round.
-        is_due = self.sync_every(self._steps) if callable(self.sync_every) else self._local_steps >= self.sync_every
-        if is_due:
-            self.synchronize()
-        return loss
+        with self._one_step():
+            if self._steps == 0:
+                self._begin()
+            loss = self._local_step(closure)
+            self._local_steps += 1
+            self._steps += 1
+            for name, p in self._parameters.items():
+                self.ledger.tensors[name].dense += p.nbytes
+            if self._is_due():
+                self.synchronize()
+            return loss
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -232,6 +231,12 @@ class QsparseLocalSGD(Wrapped):
         self._local_steps, self._steps, self._lr = own["local_steps"], own["steps"], own["lr"]
         if self._steps and not self._local_steps:
             self._set_parameters(self._starts)  # which other ranks' parameters need not be
+
+    def _is_due(self) -> bool:
+        if callable(self.sync_every):
+            return self.sync_every(self._steps)
+        # More than that after an exchange that failed, or if it was made smaller in mid-round.
+        return self._local_steps >= self.sync_every
 
     def _begin(self) -> None:
         """Take x_0, which is final only now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -559,6 +560,31 @@ def scaled_gradients(unscale_first: bool) -> None:
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_grad_scaler_with_an_overflow_on_one_rank(world: World, unscale_first: bool) -> None:
     world.run(scaled_gradients, unscale_first)
+
+
+def scaler_after_an_error() -> None:
+    """The step after one that raised takes off this step's scale, not the last one's too."""
+    models = [Vectors(SHAPES) for _ in range(2)]
+    optimizers = [wrap(model, sync_every=2, ratio=1.0, k=None) for model in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(gradients(hvd.rank(), step))
+            (scaler.scale(loss) if model is models[0] else loss).backward()
+            if step == 3 and hvd.rank() == 1:
+                with torch.no_grad():
+                    model.get_parameter("b")[0, 0] = math.inf
+            expected = pytest.raises(NonFiniteError) if step == 3 else contextlib.nullcontext()
+            with expected:
+                scaler.step(optimizer) if model is models[0] else optimizer.step()
+        scaler.update()
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.ranks(2)
+def test_grad_scaler_after_an_error(world: World) -> None:
+    world.run(scaler_after_an_error)
 
 
 def within_process_set() -> None:
