@@ -139,12 +139,8 @@ class Checkpoints:
         )
         self._raise_if_any(self._communicator.allgather(problem))
         assert contents is not None
-        for content in contents:
-            if content.get("format") != _FORMAT or content["size"] != saved_by:
-                raise ValueError(
-                    f"{path} has format {content.get('format')!r} of {content.get('size')} ranks, this version reads "
-                    f"{_FORMAT}, of the {saved_by} ranks whose files are there"
-                )
+        _, problem = _attempt(lambda: _check(path, contents, saved_by))
+        self._raise_if_any(self._communicator.allgather(problem), ValueError)
         if saved_by == self._size:
             return Checkpoint(step, contents[0]["state"], saved_by)
         assert resize is not None
@@ -202,10 +198,10 @@ class Checkpoints:
         self._raise_if_any([problem])
         return result
 
-    def _raise_if_any(self, problems: Sequence[str | None]) -> None:
+    def _raise_if_any(self, problems: Sequence[str | None], kind: type[Exception] = OSError) -> None:
         for rank, problem in enumerate(problems):
             if problem is not None:
-                raise OSError(f"rank {rank}: {problem}")
+                raise kind(f"rank {rank}: {problem}")
 
 
 class Interruption:
@@ -307,6 +303,16 @@ def _read(file: Path, map_location: torch.device | str) -> dict[str, Any]:
         return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise OSError(f"{file} cannot be read ({error}); to go on from an older one, delete its directory") from error
+
+
+def _check(path: Path, contents: Sequence[Mapping[str, Any]], saved_by: int) -> None:
+    """Raise ValueError unless these are what so many ranks have saved, in this version's format."""
+    for content in contents:
+        if content.get("format") != _FORMAT or content["size"] != saved_by:
+            raise ValueError(
+                f"{path} has format {content.get('format')!r} of {content.get('size')} ranks, this version reads "
+                f"{_FORMAT}, of the {saved_by} ranks whose files are there"
+            )
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:

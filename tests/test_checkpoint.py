@@ -117,6 +117,12 @@ def load_damaged(directory: str) -> str:
     return str(caught.value)
 
 
+def load_of_another_format(directory: str) -> str:
+    with pytest.raises(ValueError, match="has format") as caught:
+        Checkpoints(directory).load()
+    return str(caught.value)
+
+
 @pytest.mark.ranks(1, 3)
 class TestCheckpoints:
     def test_save_and_load(self, world: World, tmp_path: Path) -> None:
@@ -135,6 +141,15 @@ class TestCheckpoints:
         damaged.write_bytes(damaged.read_bytes()[:-20])
         for text in world.run(load_damaged, str(tmp_path)):
             assert last in text
+
+    @pytest.mark.parametrize("wrong", [{"format": 7}, {"size": 9}], ids=["format", "size"])
+    def test_one_file_of_another_format(self, world: World, tmp_path: Path, wrong: dict[str, int]) -> None:
+        """Every rank raises, and says which one has found it."""
+        world.run(save_once, str(tmp_path))
+        file = tmp_path / "step-0000000004" / f"rank-{world.ranks - 1:05d}.pt"
+        torch.save({**torch.load(file), **wrong}, file)
+        for text in world.run(load_of_another_format, str(tmp_path)):
+            assert text.startswith(f"rank {world.ranks - 1}: ValueError")
 
 
 class TestRanks:
