@@ -80,6 +80,22 @@ def save_again(directory: str) -> None:
     assert saved.state == {"first": True}
 
 
+def save_where_another_run_was(directory: str) -> None:
+    checkpoints = Checkpoints(directory, keep=2)
+    for step in (100, 200):
+        checkpoints.save(step, {"run": "old"})
+    for step in (10, 100, 199):
+        with pytest.raises(ValueError, match=f"{directory} has a checkpoint of step 200") as caught:
+            checkpoints.save(step, {"run": "new"})
+        assert f"not from step {step}:" in str(caught.value)
+    hvd.barrier()
+    assert sorted(os.listdir(directory)) == ["step-0000000100", "step-0000000200"]
+    checkpoints.save(201, {"run": "new"})
+    saved = checkpoints.load()
+    assert saved is not None
+    assert saved.state == {"run": "new"}
+
+
 def one_rank_cannot_write(directory: str) -> None:
     checkpoints = Checkpoints(directory)
     checkpoints.save(1, {"step": 1})
@@ -130,6 +146,9 @@ class TestCheckpoints:
 
     def test_a_step_is_saved_once(self, world: World, tmp_path: Path) -> None:
         world.run(save_again, str(tmp_path))
+
+    def test_a_step_below_the_newest_is_refused(self, world: World, tmp_path: Path) -> None:
+        world.run(save_where_another_run_was, str(tmp_path))
 
     def test_failure_on_one_rank(self, world: World, tmp_path: Path) -> None:
         world.run(one_rank_cannot_write, str(tmp_path))
