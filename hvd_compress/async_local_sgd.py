@@ -168,17 +168,18 @@ class AsyncQsparseLocalSGD(Wrapped):
             PeerError: another rank, or a server, has failed; the run cannot go on.
             RankMismatchError: at the first step, when ranks differ.
         """
-        if self._steps == self._total_steps:
-            raise RuntimeError(f"total_steps={self._total_steps} were taken: call finish()")
-        if not self._model.is_open:
-            self._begin()
-        loss = self._local_step(closure)
-        self._steps += 1
-        for name, p in self._parameters.items():
-            self._ledger.tensors[name].dense += p.nbytes
-        if self._is_due(self._steps):
-            self._exchange()
-        return loss
+        with self._one_step():
+            if self._steps == self._total_steps:
+                raise RuntimeError(f"total_steps={self._total_steps} were taken: call finish()")
+            if not self._model.is_open:
+                self._begin()
+            loss = self._local_step(closure)
+            self._steps += 1
+            for name, p in self._parameters.items():
+                self._ledger.tensors[name].dense += p.nbytes
+            if self._is_due(self._steps):
+                self._exchange()
+            return loss
 
     def finish(self) -> None:
         """Exchange, if a local step was taken since the last time, and wait for all ranks. Collective.

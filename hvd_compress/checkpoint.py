@@ -88,21 +88,28 @@ class Checkpoints:
         """Write this rank's ``state``; it counts once all ranks have written theirs. Collective.
 
         A kill at any moment leaves the checkpoints from before whole: files are written and synced in a directory
-        with another name, which is renamed when all are there. A step that has been saved already is left as it is.
+        with another name, which is renamed when all are there. If the newest is of this step, it is left as it is.
 
         Args:
-            step: 0 or more, the same on all ranks.
+            step: 0 or more, the same on all ranks, and not less than the newest that is there.
             state: what ``torch.load(weights_only=True)`` accepts: tensors, numbers, strings, lists, dictionaries.
 
         Raises:
-            ValueError: the ranks are at different steps, or ``step`` is negative.
+            ValueError: the ranks are at different steps, or ``step`` is negative, or the directory has a checkpoint
+                of a later one, another run's for instance.
             OSError: it could not be written on some rank; every rank raises, and the checkpoints from before stand.
         """
         steps = self._communicator.allgather(step)
         if min(steps) != max(steps) or step < 0:
             raise ValueError(f"all ranks must save the same step ≥ 0, they are at {sorted({*steps})}")
-        if self._on_first_rank(self._path(step).is_dir):
+        newest = self._on_first_rank(lambda: max(self._steps(), default=-1))
+        if step == newest:
             return
+        if step < newest:
+            raise ValueError(
+                f"{self.directory} has a checkpoint of step {newest} already, from which load() would go on, not "
+                f"from step {step}: load it before training, delete it, or give another directory"
+            )
         partial = self._path(step).with_suffix(_PARTIAL)
         self._on_first_rank(lambda: self._make_room(partial))
         _, problem = _attempt(lambda: self._write(partial / _file(self._rank), step, state))
@@ -139,12 +146,8 @@ class Checkpoints:
         )
         self._raise_if_any(self._communicator.allgather(problem))
         assert contents is not None
-        for content in contents:
-            if content.get("format") != _FORMAT or content["size"] != saved_by:
-                raise ValueError(
-                    f"{path} has format {content.get('format')!r} of {content.get('size')} ranks, this version reads "
-                    f"{_FORMAT}, of the {saved_by} ranks whose files are there"
-                )
+        _, problem = _attempt(lambda: _check(path, contents, saved_by))
+        self._raise_if_any(self._communicator.allgather(problem), ValueError)
         if saved_by == self._size:
             return Checkpoint(step, contents[0]["state"], saved_by)
         assert resize is not None
@@ -202,10 +205,10 @@ class Checkpoints:
         self._raise_if_any([problem])
         return result
 
-    def _raise_if_any(self, problems: Sequence[str | None]) -> None:
+    def _raise_if_any(self, problems: Sequence[str | None], kind: type[Exception] = OSError) -> None:
         for rank, problem in enumerate(problems):
             if problem is not None:
-                raise OSError(f"rank {rank}: {problem}")
+                raise kind(f"rank {rank}: {problem}")
 
 
 class Interruption:
@@ -311,6 +314,16 @@ def _read(file: Path, map_location: torch.device | str) -> dict[str, Any]:
         return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise OSError(f"{file} cannot be read ({error}); to go on from an older one, delete its directory") from error
+
+
+def _check(path: Path, contents: Sequence[Mapping[str, Any]], saved_by: int) -> None:
+    """Raise ValueError unless these are what so many ranks have saved, in this version's format."""
+    for content in contents:
+        if content.get("format") != _FORMAT or content["size"] != saved_by:
+            raise ValueError(
+                f"{path} has format {content.get('format')!r} of {content.get('size')} ranks, this version reads "
+                f"{_FORMAT}, of the {saved_by} ranks whose files are there"
+            )
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:

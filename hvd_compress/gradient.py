@@ -31,6 +31,7 @@ from .settings import Settings
 class _Dense:
     """Context of a gradient that went through Horovod itself."""
 
+    name: str
     dtype: torch.dtype
 
 
@@ -117,12 +118,11 @@ class GradientCompressor(Compressor):
             self._count_sparse()
             return tensor
         if isinstance(ctx, _Dense):
-            return tensor.to(ctx.dtype)
+            return self._as_gradient(ctx.name, tensor, ctx.dtype)
         if ctx.name not in self._reduced:
             self._exchange(tensor)
-        assert self._parameters is not None
-        reduced = self._reduced.pop(ctx.name).view(self._parameters[ctx.name].shape)
-        return (reduced if ctx.scale == 1 else reduced.mul_(ctx.scale)).to(ctx.dtype)
+        reduced = self._reduced.pop(ctx.name)
+        return self._as_gradient(ctx.name, reduced if ctx.scale == 1 else reduced.mul_(ctx.scale), ctx.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's memory, step, seed and ledger; call it between steps. Save one for each rank."""
@@ -165,7 +165,7 @@ class GradientCompressor(Compressor):
             dense = dense.contiguous()
             traffic.horovod += dense.nbytes
             self._dense_finite.append(is_finite(dense))
-            return dense, _Dense(tensor.dtype)
+            return dense, _Dense(name, tensor.dtype)
         if self._scale != 1:
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
@@ -180,6 +180,14 @@ class GradientCompressor(Compressor):
         if device not in self._tickets:
             self._tickets[device] = torch.tensor([1.0, float(self._bound().rank == 0)], device=device)
         return self._tickets[device].clone()
+
+    def _as_gradient(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """With the parameter's shape and strides: torch's fused optimizers pair the two's elements by address."""
+        assert self._parameters is not None
+        p = self._parameters[name]
+        if p.is_contiguous():
+            return values.view(p.shape).to(dtype)
+        return torch.empty_like(p, dtype=dtype).copy_(values.view(p.shape))
 
     def _bound(self) -> AnyReducer:
         if self._reducer is None:

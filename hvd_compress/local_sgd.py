@@ -113,17 +113,17 @@ class QsparseLocalSGD(Wrapped):
         Raises:
             NonFiniteError, PeerError, RankMismatchError, WireError: see :meth:`synchronize`.
         """
-        if self._steps == 0:
-            self._begin()
-        loss = self._local_step(closure)
-        self._local_steps += 1
-        self._steps += 1
-        for name, p in self._parameters.items():
-            self.ledger.tensors[name].dense += p.nbytes
-        is_due = self.sync_every(self._steps) if callable(self.sync_every) else self._local_steps == self.sync_every
-        if is_due:
-            self.synchronize()
-        return loss
+        with self._one_step():
+            if self._steps == 0:
+                self._begin()
+            loss = self._local_step(closure)
+            self._local_steps += 1
+            self._steps += 1
+            for name, p in self._parameters.items():
+                self.ledger.tensors[name].dense += p.nbytes
+            if self._is_due():
+                self.synchronize()
+            return loss
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -136,7 +136,8 @@ class QsparseLocalSGD(Wrapped):
             NonFiniteError: a rank's parameters moved to inf or NaN. Every rank raises; parameters are back where
                 the round began and the memories are as they were. The inner optimizer's own state is not: to go on,
                 clear it (``optimizer.optimizer.state.clear()``) or load a checkpoint.
-            PeerError, RankMismatchError, WireError: the exchange failed, on every rank.
+            PeerError, RankMismatchError, WireError: the exchange failed, on every rank. The local steps stand and go
+                into the next exchange; with a number for ``sync_every``, that is after the next step.
         """
         if self._local_steps == 0:
             return
@@ -230,6 +231,12 @@ class QsparseLocalSGD(Wrapped):
         self._local_steps, self._steps, self._lr = own["local_steps"], own["steps"], own["lr"]
         if self._steps and not self._local_steps:
             self._set_parameters(self._starts)  # which other ranks' parameters need not be
+
+    def _is_due(self) -> bool:
+        if callable(self.sync_every):
+            return self.sync_every(self._steps)
+        # More than that after an exchange that failed, or if it was made smaller in mid-round.
+        return self._local_steps >= self.sync_every
 
     def _begin(self) -> None:
         """Take x_0, which is final only now."""

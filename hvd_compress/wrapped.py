@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,19 @@ class Wrapped(torch.optim.Optimizer):
     # torch.amp.GradScaler would not call step() after an overflow on this rank; the ranks would then lose count of
     # their steps and wait for each other. With this mark it always calls, and leaves its two findings on the object.
     _step_supports_amp_scaling = True
+
+    @contextmanager
+    def _one_step(self) -> Iterator[None]:
+        """A context in which ``step()`` does all it does: the scaler's findings do not outlive it.
+
+        After an error torch leaves them here, and would multiply the next step's scale by this one's.
+        """
+        try:
+            yield
+        except BaseException:
+            for finding in ("grad_scale", "found_inf"):
+                self.__dict__.pop(finding, None)
+            raise
 
     def _local_step(self, closure: Callable[[], float] | None) -> float | None:
         if bool(getattr(self, "found_inf", False)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -706,6 +707,32 @@ class Fails(Operator):
         if self.calls > 4 and hvd.rank() == 1:
             raise ArithmeticError("a bad day")
         return Message.dense(x.clone())
+
+
+def scaler_after_an_overflow() -> None:
+    """The step after one that raised takes off this step's scale, not the last one's too."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2, ratio=1.0, k=None)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    with optimizer:
+        for step in range(6):
+            optimizer.zero_grad()
+            scaler.scale(model(gradients(hvd.rank(), step))).backward()
+            if step == 1 and hvd.rank() == 1:
+                with torch.no_grad():
+                    model.get_parameter("b")[0, 0] = math.inf
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises(NonFiniteError) if step == 1 and hvd.rank() == 1 else contextlib.nullcontext():
+                scaler.step(optimizer)
+            scaler.update()
+            if step % 2 == 0:  # no exchange
+                for name, slope in gradients(hvd.rank(), step).items():
+                    assert torch.equal(model.get_parameter(name), before[name] - 0.5 * slope)
+
+
+@pytest.mark.ranks(2)
+def test_grad_scaler_after_an_overflow(world: World) -> None:
+    world.run(scaler_after_an_overflow)
 
 
 def an_operator_fails(mode: str) -> None:

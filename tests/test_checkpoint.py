@@ -80,6 +80,22 @@ def save_again(directory: str) -> None:
     assert saved.state == {"first": True}
 
 
+def save_where_another_run_was(directory: str) -> None:
+    checkpoints = Checkpoints(directory, keep=2)
+    for step in (100, 200):
+        checkpoints.save(step, {"run": "old"})
+    for step in (10, 100, 199):
+        with pytest.raises(ValueError, match=f"{directory} has a checkpoint of step 200") as caught:
+            checkpoints.save(step, {"run": "new"})
+        assert f"not from step {step}:" in str(caught.value)
+    hvd.barrier()
+    assert sorted(os.listdir(directory)) == ["step-0000000100", "step-0000000200"]
+    checkpoints.save(201, {"run": "new"})
+    saved = checkpoints.load()
+    assert saved is not None
+    assert saved.state == {"run": "new"}
+
+
 def one_rank_cannot_write(directory: str) -> None:
     checkpoints = Checkpoints(directory)
     checkpoints.save(1, {"step": 1})
@@ -117,6 +133,12 @@ def load_damaged(directory: str) -> str:
     return str(caught.value)
 
 
+def load_of_another_format(directory: str) -> str:
+    with pytest.raises(ValueError, match="has format") as caught:
+        Checkpoints(directory).load()
+    return str(caught.value)
+
+
 @pytest.mark.ranks(1, 3)
 class TestCheckpoints:
     def test_save_and_load(self, world: World, tmp_path: Path) -> None:
@@ -124,6 +146,9 @@ class TestCheckpoints:
 
     def test_a_step_is_saved_once(self, world: World, tmp_path: Path) -> None:
         world.run(save_again, str(tmp_path))
+
+    def test_a_step_below_the_newest_is_refused(self, world: World, tmp_path: Path) -> None:
+        world.run(save_where_another_run_was, str(tmp_path))
 
     def test_failure_on_one_rank(self, world: World, tmp_path: Path) -> None:
         world.run(one_rank_cannot_write, str(tmp_path))
@@ -135,6 +160,15 @@ class TestCheckpoints:
         damaged.write_bytes(damaged.read_bytes()[:-20])
         for text in world.run(load_damaged, str(tmp_path)):
             assert last in text
+
+    @pytest.mark.parametrize("wrong", [{"format": 7}, {"size": 9}], ids=["format", "size"])
+    def test_one_file_of_another_format(self, world: World, tmp_path: Path, wrong: dict[str, int]) -> None:
+        """Every rank raises, and says which one has found it."""
+        world.run(save_once, str(tmp_path))
+        file = tmp_path / "step-0000000004" / f"rank-{world.ranks - 1:05d}.pt"
+        torch.save({**torch.load(file), **wrong}, file)
+        for text in world.run(load_of_another_format, str(tmp_path)):
+            assert text.startswith(f"rank {world.ranks - 1}: ValueError")
 
 
 class TestRanks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -436,6 +437,49 @@ def test_an_interrupt_in_an_operator_changes_no_memory(world: World) -> None:
     world.run(interrupted_in_an_operator)
 
 
+def tries_again() -> None:
+    """The exchange after step 4 fails on one rank: the one after step 5 takes all five steps along."""
+    model = Vectors({"w": (64,)})
+    optimizer = wrap(model, lr=1.0, sync_every=4, ratio=1.0, k=None)
+    slope = torch.arange(64.0)
+    moved = optimizer._moved
+
+    def fails(name: str) -> Tensor:
+        raise MemoryError("no room")
+
+    for step in range(12):
+        optimizer._moved = fails if step == 3 and hvd.rank() == 1 else moved
+        optimizer.zero_grad()
+        model({"w": slope}).backward()
+        if step == 3:
+            with pytest.raises(MemoryError if hvd.rank() == 1 else PeerError, match="no room"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        synchronised = (0, 0, 0, 0, 5, 5, 5, 5, 9, 9, 9, 9)[step]
+        with optimizer.evaluation():
+            assert torch.equal(model.get_parameter("w"), -synchronised * slope)
+
+
+@pytest.mark.ranks(2)
+def test_the_step_after_a_failed_exchange_exchanges_again(world: World) -> None:
+    world.run(tries_again)
+
+
+def a_shorter_period_in_mid_round() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=8)
+    train(model, optimizer, 0, 6)
+    optimizer.sync_every = 4
+    train(model, optimizer, 6, 12)
+    assert optimizer.ledger.exchanges == 2  # after steps 7 and 11
+
+
+@pytest.mark.ranks(1)
+def test_a_shorter_period_in_mid_round(world: World) -> None:
+    world.run(a_shorter_period_in_mid_round)
+
+
 def counts_exchanges(steps: int, sync_every: int) -> tuple[int, int]:
     model = Vectors(SHAPES)
     optimizer = wrap(model, sync_every=sync_every)
@@ -599,6 +643,31 @@ def scaled_gradients(unscale_first: bool) -> None:
 @pytest.mark.parametrize("unscale_first", [False, True])
 def test_grad_scaler_with_an_overflow_on_one_rank(world: World, unscale_first: bool) -> None:
     world.run(scaled_gradients, unscale_first)
+
+
+def scaler_after_an_error() -> None:
+    """The step after one that raised takes off this step's scale, not the last one's too."""
+    models = [Vectors(SHAPES) for _ in range(2)]
+    optimizers = [wrap(model, sync_every=2, ratio=1.0, k=None) for model in models]
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for step in range(6):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = model(gradients(hvd.rank(), step))
+            (scaler.scale(loss) if model is models[0] else loss).backward()
+            if step == 3 and hvd.rank() == 1:
+                with torch.no_grad():
+                    model.get_parameter("b")[0, 0] = math.inf
+            expected = pytest.raises(NonFiniteError) if step == 3 else contextlib.nullcontext()
+            with expected:
+                scaler.step(optimizer) if model is models[0] else optimizer.step()
+        scaler.update()
+        assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+@pytest.mark.ranks(2)
+def test_grad_scaler_after_an_error(world: World) -> None:
+    world.run(scaler_after_an_error)
 
 
 def within_process_set() -> None:

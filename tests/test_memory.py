@@ -8,6 +8,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hvd_compress.memory import DGC, EF21, Memory, NoMemory, Residual, TwoSided
 from hvd_compress.operators import Operator, Sign, TopK
@@ -159,6 +160,19 @@ def test_states_go_on_and_keep(make: Callable[[], Memory]) -> None:
     assert first.state_dict() == {}
     (fresh,), (forgetful,) = (exchange([memory], TopK(k=3), [xs[0]]) for memory in (make(), first))
     assert torch.equal(fresh, forgetful)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_a_state_on_the_cpu_goes_on_for_tensors_on_a_gpu(make: Callable[[], Memory]) -> None:
+    """As Checkpoints.load() gives it. The tensors are pretended; torch checks their devices as it does real ones'."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memory = make()
+        x = torch.randn(8, device="cuda")
+        memory.load_state_dict({"w": torch.zeros(len(memory.rows), 8) if len(memory.rows) > 1 else torch.zeros(8)})
+        for _ in range(2):
+            (received,) = exchange([memory], Sign(), [x])
+            assert received.device == x.device
+            assert memory.state_dict()["w"].device == x.device
 
 
 def test_states_of_other_memories_are_refused() -> None:

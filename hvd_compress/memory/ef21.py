@@ -54,12 +54,16 @@ class EF21(Memory):
 
     def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v − g."""
+        own = self._own.get(name)
+        if own is not None and own.device != tensor.device:  # loaded, from a checkpoint on the CPU for instance
+            for vectors in reversed(self._vectors()):  # g last: where it is, the others are
+                vectors[name] = vectors[name].to(tensor.device)
+            own = self._own[name]
         mean = self._means.get(name)
         if self._momentum and mean is not None:
-            tensor = torch.lerp(tensor, mean.to(tensor.device), self._momentum)
+            tensor = torch.lerp(tensor, mean, self._momentum)
         self._pending[name] = tensor
-        own = self._own.get(name)
-        return tensor.clone() if own is None else tensor - own.to(tensor.device), None
+        return tensor.clone() if own is None else tensor - own, None
 
     def update(self, name: str, sent: Sent) -> None:
         """See :meth:`Memory.update`."""
