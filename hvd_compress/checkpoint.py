@@ -19,6 +19,8 @@ files are on the disk, and what has no final name does not count::
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import random
 import re
@@ -27,6 +29,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -217,9 +220,13 @@ class Interruption:
     Slurm announces the end of a job's time and a preemption by a signal. It reaches each rank at another moment, some
     ranks perhaps not at all, and a rank in the middle of a step must finish it, since the others wait for it.
 
-    From here on the signals no longer end this process. Processes that it starts later, such as DataLoader's, inherit
-    that they are blocked: Slurm signals every process of a job, and would end them before the step is done. A second
-    SIGINT (Ctrl-C) raises KeyboardInterrupt as always.
+    From here on the signals no longer end this process. But for SIGINT they are also blocked, which processes that it
+    starts later inherit, such as DataLoader's: Slurm signals every process of a job, and would end them before the
+    step is done. So ``terminate()`` does not end those, ``kill()`` does; multiprocessing's daemons are killed when
+    the program ends, if they are still there.
+
+    A second SIGINT (Ctrl-C) raises KeyboardInterrupt as always. A terminal sends the first one to the started
+    processes, too, and DataLoader's end with it unless their ``worker_init_fn`` has them ignore it.
 
     Args:
         signals: SIGTERM is what a preemption sends, SIGUSR2 what submitit asks Slurm for.
@@ -244,6 +251,10 @@ class Interruption:
         # Threads that exist already may still receive them, so a handler is needed too.
         for number in signals:
             signal.signal(number, self._handle)
+        # Its start unblocks SIGTERM, and would come later else, with the first process of "spawn" or "forkserver".
+        resource_tracker.ensure_running()
+        atexit.unregister(_kill_daemons)
+        atexit.register(_kill_daemons)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
 
     @property
@@ -273,6 +284,15 @@ class Interruption:
         if number == signal.SIGINT and self._requested:
             raise KeyboardInterrupt
         self._requested = True
+
+
+def _kill_daemons() -> None:
+    """What multiprocessing is about to do by SIGTERM, and would wait for for ever where that is blocked."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler takes it for an accident
+    for child in daemons:
+        child.kill()
 
 
 def random_state() -> dict[str, Any]:

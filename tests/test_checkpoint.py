@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -54,6 +55,35 @@ while not interruption.agreed():
 print("stopped", hvd.allgather_object(step), flush=True)
 hvd.barrier()
 sys.exit(hvd_compress.EXIT_REQUEUE)
+"""
+
+
+SIGNALLED_WITH_ITS_WORKERS = """
+import os, signal, sys, torch
+
+class Pids(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+if __name__ == "__main__":
+    import horovod.torch as hvd
+    from hvd_compress import Interruption
+    hvd.init()
+    interruption = Interruption()
+    loader = torch.utils.data.DataLoader(
+        Pids(), num_workers=1, multiprocessing_context=sys.argv[1], persistent_workers=True
+    )
+    seen = 0
+    for (pid,) in loader:
+        if not seen:
+            for number in (signal.SIGTERM, signal.SIGUSR2):
+                os.kill(pid, number)
+                os.kill(os.getpid(), number)
+        seen += 1
+    print(seen, interruption.requested, flush=True)
 """
 
 
@@ -311,6 +341,27 @@ class TestInterruption:
         )
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (ended.returncode, ended.stdout) == (0, "got data\n"), ended.stderr
+
+    @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+    def test_signals_to_every_process(self, tmp_path: Path, method: str) -> None:
+        """As Slurm's. DataLoader's process goes on, and ends with the program, which does not wait for it."""
+        script = tmp_path / "script.py"
+        script.write_text(SIGNALLED_WITH_ITS_WORKERS)
+        process = subprocess.Popen(
+            [sys.executable, script, method],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert (process.returncode, stdout) == (0, "12 True\n"), stderr
+        assert "Error" not in stderr
 
 
 def test_random_numbers_go_on() -> None:
