@@ -141,14 +141,18 @@ class QsparseLocalSGD(Wrapped):
         """
         if self._local_steps == 0:
             return
-        self._forget_if_due()
-        if not self._average.is_open:
-            self._average.open(self._statement())
+        lr, forgotten = self._lr, self._forget_if_due()
         try:
+            if not self._average.is_open:
+                self._average.open(self._statement())
             self._move_anchors()
-        except NonFiniteError:
-            self._set_parameters(self._starts)
-            self._local_steps = 0
+        except Exception as error:
+            self._lr = lr
+            if forgotten:
+                self._average.load_state_dict(_with_memory(self._average.state_dict(), forgotten))
+            if isinstance(error, NonFiniteError):
+                self._set_parameters(self._starts)
+                self._local_steps = 0
             raise
         for name, anchor in self._anchors.items():
             lead = self._lead(name)
@@ -272,11 +276,15 @@ class QsparseLocalSGD(Wrapped):
         for name, p in self._parameters.items():
             p.copy_(values[name])
 
-    def _forget_if_due(self) -> None:
+    def _forget_if_due(self) -> dict[str, Tensor]:
+        """Returns the memory that was forgotten, in case that the exchange fails."""
+        forgotten: dict[str, Tensor] = {}
         lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
         if self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr:
+            forgotten = dict(_memory_in(self._average.state_dict()))
             self.reset_memory()
         self._lr = lr
+        return forgotten
 
     def _statement(self) -> str:
         return "\n".join(
@@ -286,6 +294,21 @@ class QsparseLocalSGD(Wrapped):
                 f"start with checksum {checksum(self._anchors)} (equal after hvd.broadcast_parameters)",
             ]
         )
+
+
+_PARTS = ("inner", "chosen")  # keys of a state under which there is that of an exchange within another
+
+
+def _memory_in(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """What an average's state says of the memory."""
+    parts = [state[key] for key in _PARTS if state.get(key) is not None]
+    return _memory_in(parts[0]) if parts else state.get("memory", {})
+
+
+def _with_memory(state: Mapping[str, Any], memory: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An average's state with another memory."""
+    parts: dict[str, Any] = {key: _with_memory(state[key], memory) for key in _PARTS if state.get(key) is not None}
+    return {**state, **(parts or {"memory": memory})}
 
 
 def post_local(first: int, then: int) -> Callable[[int], bool]:
