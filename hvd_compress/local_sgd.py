@@ -15,7 +15,7 @@ from .averages import averager
 from .errors import NonFiniteError
 from .gradient import GradientCompressor
 from .ledger import Ledger
-from .wrapped import Wrapped, checksum
+from .wrapped import Wrapped, checksum, load_together
 
 STATE_KEY = "qsparse_local_sgd"
 
@@ -205,8 +205,8 @@ class QsparseLocalSGD(Wrapped):
         What :func:`hvd_compress.resize` has made of other ranks' states is loaded like this, too.
 
         Raises:
-            ValueError: it is not a state of this class, or of another model, rank, number of ranks or
-                ``sync_every``; nothing of the exchange's state has changed then.
+            ValueError: it is not a state of this class, or of another model, optimizer, rank, number of ranks or
+                ``sync_every``; nothing has changed then.
         """
         state = dict(state_dict)
         if STATE_KEY not in state:
@@ -224,10 +224,8 @@ class QsparseLocalSGD(Wrapped):
                 raise ValueError(f"the state is of another model; these do not match: {', '.join(sorted(wrong))}")
         if (own["outer"] is None) != (self.outer is None):
             raise ValueError(f"the state was saved with{'out' if own['outer'] is None else ''} an outer optimizer")
-        self._average.load_state_dict(own["average"])
-        self.optimizer.load_state_dict(state)
-        if self.outer is not None:
-            self.outer.load_state_dict(own["outer"])
+        states = [(self.optimizer, state), *([] if self.outer is None else [(self.outer, own["outer"])])]
+        load_together(states, lambda: self._average.load_state_dict(own["average"]))
         for name, anchor in self._anchors.items() if saved is not None else ():
             anchor.copy_(saved[name])
         starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}

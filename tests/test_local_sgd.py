@@ -678,6 +678,45 @@ def test_states_that_do_not_fit(world: World) -> None:
     world.run(refuses_states_that_do_not_fit)
 
 
+def a_load_that_is_refused(by: str) -> None:
+    """It leaves everything as it was, whoever refuses it: the inner optimizer, the outer one, or the exchange."""
+
+    def build(refuses: bool) -> tuple[Vectors, QsparseLocalSGD]:
+        model = Vectors(SHAPES)
+        divided = refuses and by == "inner"
+        groups = [{"params": [p]} for p in model.parameters()] if divided else model.parameters()
+
+        def outer(x: list[Tensor]) -> torch.optim.Optimizer:
+            divided = refuses and by == "outer"
+            return torch.optim.SGD([{"params": [a]} for a in x] if divided else x, lr=0.7, momentum=0.9)
+
+        return model, QsparseLocalSGD(
+            torch.optim.SGD(groups, lr=0.5, momentum=0.9),
+            named_parameters=model.named_parameters(),
+            compression=Compression.topk(
+                k=5, dense_below=0, memory="none" if refuses and by == "exchange" else "residual"
+            ),
+            outer=outer,
+        )
+
+    model, optimizer = build(False)
+    train(model, optimizer, 0, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    model, optimizer = build(True)
+    train(model, optimizer, 10, 12)
+    before = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    with pytest.raises(ValueError, match="no memory" if by == "exchange" else "group"):
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), before[0])
+    assert_same(dict(model.state_dict()), dict(before[1]))
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("by", ["inner", "outer", "exchange"])
+def test_a_load_that_is_refused_changes_nothing(world: World, by: str) -> None:
+    world.run(a_load_that_is_refused, by)
+
+
 # What goes wrong
 
 
