@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from models import through_a_file
 from world import World, environment, launch, mpirun_command
 
 from hvd_compress import Checkpoints, random_state, set_random_state
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Each rank's state says whose it is and of which step, in every element.
 SAVES_FOR_EVER = """
@@ -220,33 +223,40 @@ class DyingError(BaseException):
     """Not an Exception: nothing that cleans up after errors must run, as at a kill."""
 
 
+@contextlib.contextmanager
+def dying_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this context the process dies at the next call but so many that changes the disk."""
+    made = 0
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made > calls:
+                raise DyingError
+            return original(*arguments, **options)
+
+        return call
+
+    names = [(os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (torch, "save")]
+    with monkeypatch.context() as patched:
+        for module, name in names:
+            patched.setattr(module, name, dying(getattr(module, name)))
+        yield
+
+
 class TestKills:
     def test_at_every_call_that_changes_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The process dies at its first, second … such call; what was saved before is always whole."""
         hvd.init()
-        names = [(os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (torch, "save")]
         deaths = 0
         for survived in range(1000):
             directory = tmp_path / str(survived)
             checkpoints = Checkpoints(directory, keep=1)
             checkpoints.save(1, {"w": 1})
             checkpoints.save(2, {"w": 2})
-            calls = 0
-
-            def dying(original: Callable[..., Any], limit: int = survived) -> Callable[..., Any]:
-                def call(*arguments: Any, **options: Any) -> Any:
-                    nonlocal calls
-                    calls += 1
-                    if calls > limit:
-                        raise DyingError
-                    return original(*arguments, **options)
-
-                return call
-
             died = False
-            with monkeypatch.context() as patched:
-                for module, name in names:
-                    patched.setattr(module, name, dying(getattr(module, name)))
+            with dying_after(survived, monkeypatch):
                 try:
                     checkpoints.save(3, {"w": 3})
                 except DyingError:
@@ -263,6 +273,25 @@ class TestKills:
                 break
             deaths += 1
         assert 8 <= deaths < 1000
+
+    def test_while_an_example_deletes_them_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that are left are whole."""
+        hvd.init()
+        monkeypatch.syspath_prepend(EXAMPLES)
+        resumable = importlib.import_module("resumable")
+        for survived in range(7):
+            checkpoints = Checkpoints(tmp_path / str(survived), keep=2)
+            for step in (1, 2):
+                checkpoints.save(step, {"w": step})
+            with dying_after(survived, monkeypatch):
+                if survived < 6:
+                    with pytest.raises(DyingError):
+                        resumable._delete(checkpoints.directory)
+                else:
+                    resumable._delete(checkpoints.directory)
+            saved = checkpoints.load()
+            assert saved is None or saved.state == {"w": saved.step}
+            assert (saved is None) == (survived in (4, 5, 6))
 
     def test_killed_while_saving(self, tmp_path: Path) -> None:
         """Real kills of two ranks that do nothing but save. What they start from was verified by themselves."""
