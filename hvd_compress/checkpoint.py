@@ -20,6 +20,7 @@ files are on the disk, and what has no final name does not count::
 from __future__ import annotations
 
 import atexit
+import logging
 import multiprocessing
 import os
 import random
@@ -42,6 +43,8 @@ from .membership import Change, members
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
+
+logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = os.EX_TEMPFAIL
 """With this status (75) a script says that it has saved its state and wants to be started again."""
@@ -179,7 +182,7 @@ class Checkpoints:
     def _make_room(self, partial: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for left_over in self.directory.glob(f"*{_PARTIAL}"):  # by a job that was killed
-            shutil.rmtree(left_over)
+            _delete(left_over)
         partial.mkdir()
 
     def _write(self, file: Path, step: int, state: Mapping[str, Any]) -> None:
@@ -197,10 +200,7 @@ class Checkpoints:
         partial.rename(final)
         _sync(self.directory)
         for old in sorted(self._steps())[: -self.keep]:
-            # First it stops being complete, then it goes.
-            hidden = self._path(old).with_suffix(_PARTIAL)
-            self._path(old).rename(hidden)
-            shutil.rmtree(hidden)
+            _delete(self._path(old))
 
     def _on_first_rank(self, action: Callable[[], T]) -> T:
         """Its result, or its OSError, on all ranks: file systems may show each rank something else."""
@@ -348,6 +348,15 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return action(), None
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+def _delete(checkpoint: Path) -> None:
+    """If it can be deleted: no other one depends on that. What is left over is tried again at the next save."""
+    try:
+        hidden = checkpoint.rename(checkpoint.with_suffix(_PARTIAL))  # first it stops being complete, then it goes
+        shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", checkpoint, error)
 
 
 def _sync(directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import random
@@ -292,6 +293,32 @@ class TestKills:
             saved = checkpoints.load()
             assert saved is None or saved.state == {"w": saved.step}
             assert (saved is None) == (survived in (4, 5, 6))
+
+    @pytest.mark.parametrize("call", ["rename", "rmdir"])
+    def test_one_that_cannot_be_deleted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+    ) -> None:
+        """On NFS, for instance, while another process reads it: what was saved is saved, and the log says so."""
+        hvd.init()
+        checkpoints, original = Checkpoints(tmp_path, keep=1), getattr(os, call)
+        checkpoints.save(1, {"w": 1})
+
+        def refuses(path: Any, *arguments: Any, **options: Any) -> None:
+            if "step-0000000001" in os.fspath(path):
+                raise OSError(errno.EBUSY, "busy", path)
+            original(path, *arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, refuses)
+            for step in (2, 3):
+                caplog.clear()
+                checkpoints.save(step, {"w": step})
+                saved = checkpoints.load()
+                assert saved is not None
+                assert saved.state == {"w": step}
+                assert "cannot be deleted" in caplog.text
+        checkpoints.save(4, {"w": 4})
+        assert os.listdir(tmp_path) == ["step-0000000004"]
 
     def test_killed_while_saving(self, tmp_path: Path) -> None:
         """Real kills of two ranks that do nothing but save. What they start from was verified by themselves."""
