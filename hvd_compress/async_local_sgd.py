@@ -283,7 +283,12 @@ class AsyncQsparseLocalSGD(Wrapped):
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, anchor in self._anchors.items():
-            self._model.add(name, anchor - self._parameters[name].detach())
+            try:
+                moved = anchor - self._parameters[name].detach()
+            except Exception as error:
+                self._model.let_fail(error)  # the others may wait for this rank
+                break
+            self._model.add(name, moved)
         self._last_sync = self._steps
         try:
             self._model.exchange(self._steps, self._anchors)
