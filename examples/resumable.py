@@ -112,4 +112,5 @@ class Resumable:
 
 def _delete(directory: Path) -> None:
     for checkpoint in directory.glob("step-*"):
-        shutil.rmtree(checkpoint)
+        hidden = checkpoint.rename(checkpoint.with_suffix(".partial"))  # first it stops being complete, then it goes
+        shutil.rmtree(hidden)

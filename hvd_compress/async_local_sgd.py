@@ -16,7 +16,7 @@ from .local_sgd import check_period
 from .membership import members
 from .memory import DGC
 from .remote import Pace, RemoteModel
-from .wrapped import Wrapped, checksum
+from .wrapped import Wrapped, checksum, load_together
 
 ASYNC_STATE_KEY = "async_qsparse_local_sgd"
 
@@ -232,7 +232,8 @@ class AsyncQsparseLocalSGD(Wrapped):
 
         Raises:
             RuntimeError: this optimizer has begun already.
-            ValueError: it is not a state of this class, or of another model or mode; nothing has changed then.
+            ValueError: it is not a state of this class, or of another model, optimizer or mode; nothing has changed
+                then.
         """
         if self._model.is_open:
             raise RuntimeError("load the state before the first step, into a new optimizer")
@@ -250,8 +251,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         wrong |= saved.keys() ^ self._anchors.keys() if saved else set()
         if wrong:
             raise ValueError(f"the state is of another model; these do not match: {', '.join(sorted(wrong))}")
-        self._model.load_state_dict(own["sender"])
-        self.optimizer.load_state_dict(state)
+        load_together([(self.optimizer, state)], lambda: self._model.load_state_dict(own["sender"]))
         for name, values in saved.items():
             self._anchors[name].copy_(values)
         self._steps, self._last_sync, self._saved = own["steps"], own["last_sync"], own["server"]
@@ -283,7 +283,12 @@ class AsyncQsparseLocalSGD(Wrapped):
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, anchor in self._anchors.items():
-            self._model.add(name, anchor - self._parameters[name].detach())
+            try:
+                moved = anchor - self._parameters[name].detach()
+            except Exception as error:
+                self._model.let_fail(error)  # the others may wait for this rank
+                break
+            self._model.add(name, moved)
         self._last_sync = self._steps
         try:
             self._model.exchange(self._steps, self._anchors)

@@ -226,7 +226,9 @@ class AutoReducer(Member):
         try:
             start = time.perf_counter()
             messages = {
-                name: schedule.operator(name).encode(pending[name], generator=torch.Generator().manual_seed(0))
+                name: schedule.operator(name).encode(
+                    pending[name], generator=torch.Generator(pending[name].device).manual_seed(0)
+                )
                 if len(pending[name]) >= self._dense_below
                 else Message.dense(pending[name])
                 for name in self._shapes

@@ -19,6 +19,9 @@ files are on the disk, and what has no final name does not count::
 
 from __future__ import annotations
 
+import atexit
+import logging
+import multiprocessing
 import os
 import random
 import re
@@ -27,6 +30,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +43,8 @@ from .membership import Change, members
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
+
+logger = logging.getLogger(__name__)
 
 EXIT_REQUEUE = os.EX_TEMPFAIL
 """With this status (75) a script says that it has saved its state and wants to be started again."""
@@ -176,7 +182,7 @@ class Checkpoints:
     def _make_room(self, partial: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         for left_over in self.directory.glob(f"*{_PARTIAL}"):  # by a job that was killed
-            shutil.rmtree(left_over)
+            _delete(left_over)
         partial.mkdir()
 
     def _write(self, file: Path, step: int, state: Mapping[str, Any]) -> None:
@@ -194,10 +200,7 @@ class Checkpoints:
         partial.rename(final)
         _sync(self.directory)
         for old in sorted(self._steps())[: -self.keep]:
-            # First it stops being complete, then it goes.
-            hidden = self._path(old).with_suffix(_PARTIAL)
-            self._path(old).rename(hidden)
-            shutil.rmtree(hidden)
+            _delete(self._path(old))
 
     def _on_first_rank(self, action: Callable[[], T]) -> T:
         """Its result, or its OSError, on all ranks: file systems may show each rank something else."""
@@ -217,9 +220,13 @@ class Interruption:
     Slurm announces the end of a job's time and a preemption by a signal. It reaches each rank at another moment, some
     ranks perhaps not at all, and a rank in the middle of a step must finish it, since the others wait for it.
 
-    From here on the signals no longer end this process. Processes that it starts later, such as DataLoader's, inherit
-    that they are blocked: Slurm signals every process of a job, and would end them before the step is done. A second
-    SIGINT (Ctrl-C) raises KeyboardInterrupt as always.
+    From here on the signals no longer end this process. But for SIGINT they are also blocked, which processes that it
+    starts later inherit, such as DataLoader's: Slurm signals every process of a job, and would end them before the
+    step is done. So ``terminate()`` does not end those, ``kill()`` does; multiprocessing's daemons are killed when
+    the program ends, if they are still there.
+
+    A second SIGINT (Ctrl-C) raises KeyboardInterrupt as always. A terminal sends the first one to the started
+    processes, too, and DataLoader's end with it unless their ``worker_init_fn`` has them ignore it.
 
     Args:
         signals: SIGTERM is what a preemption sends, SIGUSR2 what submitit asks Slurm for.
@@ -244,6 +251,10 @@ class Interruption:
         # Threads that exist already may still receive them, so a handler is needed too.
         for number in signals:
             signal.signal(number, self._handle)
+        # Its start unblocks SIGTERM, and would come later else, with the first process of "spawn" or "forkserver".
+        resource_tracker.ensure_running()
+        atexit.unregister(_kill_daemons)
+        atexit.register(_kill_daemons)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
 
     @property
@@ -273,6 +284,15 @@ class Interruption:
         if number == signal.SIGINT and self._requested:
             raise KeyboardInterrupt
         self._requested = True
+
+
+def _kill_daemons() -> None:
+    """What multiprocessing is about to do by SIGTERM, and would wait for for ever where that is blocked."""
+    daemons = [child for child in multiprocessing.active_children() if child.daemon]
+    if daemons:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler takes it for an accident
+    for child in daemons:
+        child.kill()
 
 
 def random_state() -> dict[str, Any]:
@@ -332,6 +352,15 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
         return action(), None
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
+
+
+def _delete(checkpoint: Path) -> None:
+    """If it can be deleted: no other one depends on that. What is left over is tried again at the next save."""
+    try:
+        hidden = checkpoint.rename(checkpoint.with_suffix(_PARTIAL))  # first it stops being complete, then it goes
+        shutil.rmtree(hidden)
+    except OSError as error:
+        logger.warning("%s cannot be deleted: %s", checkpoint, error)
 
 
 def _sync(directory: Path) -> None:

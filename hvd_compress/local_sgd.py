@@ -15,7 +15,7 @@ from .averages import averager
 from .errors import NonFiniteError
 from .gradient import GradientCompressor
 from .ledger import Ledger
-from .wrapped import Wrapped, checksum
+from .wrapped import Wrapped, checksum, load_together
 
 STATE_KEY = "qsparse_local_sgd"
 
@@ -141,14 +141,18 @@ class QsparseLocalSGD(Wrapped):
         """
         if self._local_steps == 0:
             return
-        self._forget_if_due()
-        if not self._average.is_open:
-            self._average.open(self._statement())
+        lr, forgotten = self._lr, self._forget_if_due()
         try:
+            if not self._average.is_open:
+                self._average.open(self._statement())
             self._move_anchors()
-        except NonFiniteError:
-            self._set_parameters(self._starts)
-            self._local_steps = 0
+        except Exception as error:
+            self._lr = lr
+            if forgotten:
+                self._average.load_state_dict(_with_memory(self._average.state_dict(), forgotten))
+            if isinstance(error, NonFiniteError):
+                self._set_parameters(self._starts)
+                self._local_steps = 0
             raise
         for name, anchor in self._anchors.items():
             lead = self._lead(name)
@@ -201,8 +205,8 @@ class QsparseLocalSGD(Wrapped):
         What :func:`hvd_compress.resize` has made of other ranks' states is loaded like this, too.
 
         Raises:
-            ValueError: it is not a state of this class, or of another model, rank, number of ranks or
-                ``sync_every``; nothing of the exchange's state has changed then.
+            ValueError: it is not a state of this class, or of another model, optimizer, rank, number of ranks or
+                ``sync_every``; nothing has changed then.
         """
         state = dict(state_dict)
         if STATE_KEY not in state:
@@ -220,10 +224,8 @@ class QsparseLocalSGD(Wrapped):
                 raise ValueError(f"the state is of another model; these do not match: {', '.join(sorted(wrong))}")
         if (own["outer"] is None) != (self.outer is None):
             raise ValueError(f"the state was saved with{'out' if own['outer'] is None else ''} an outer optimizer")
-        self._average.load_state_dict(own["average"])
-        self.optimizer.load_state_dict(state)
-        if self.outer is not None:
-            self.outer.load_state_dict(own["outer"])
+        states = [(self.optimizer, state), *([] if self.outer is None else [(self.outer, own["outer"])])]
+        load_together(states, lambda: self._average.load_state_dict(own["average"]))
         for name, anchor in self._anchors.items() if saved is not None else ():
             anchor.copy_(saved[name])
         starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}
@@ -272,11 +274,15 @@ class QsparseLocalSGD(Wrapped):
         for name, p in self._parameters.items():
             p.copy_(values[name])
 
-    def _forget_if_due(self) -> None:
+    def _forget_if_due(self) -> dict[str, Tensor]:
+        """Returns the memory that was forgotten, in case that the exchange fails."""
+        forgotten: dict[str, Tensor] = {}
         lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
         if self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr:
+            forgotten = dict(_memory_in(self._average.state_dict()))
             self.reset_memory()
         self._lr = lr
+        return forgotten
 
     def _statement(self) -> str:
         return "\n".join(
@@ -286,6 +292,21 @@ class QsparseLocalSGD(Wrapped):
                 f"start with checksum {checksum(self._anchors)} (equal after hvd.broadcast_parameters)",
             ]
         )
+
+
+_PARTS = ("inner", "chosen")  # keys of a state under which there is that of an exchange within another
+
+
+def _memory_in(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """What an average's state says of the memory."""
+    parts = [state[key] for key in _PARTS if state.get(key) is not None]
+    return _memory_in(parts[0]) if parts else state.get("memory", {})
+
+
+def _with_memory(state: Mapping[str, Any], memory: Mapping[str, Tensor]) -> dict[str, Any]:
+    """An average's state with another memory."""
+    parts: dict[str, Any] = {key: _with_memory(state[key], memory) for key in _PARTS if state.get(key) is not None}
+    return {**state, **(parts or {"memory": memory})}
 
 
 def post_local(first: int, then: int) -> Callable[[int], bool]:

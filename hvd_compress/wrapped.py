@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,6 +89,19 @@ class Wrapped(torch.optim.Optimizer):
                 if p.grad is not None:
                     p.grad.div_(scale.to(p.grad.device))
         return self.optimizer.step(closure)
+
+
+def load_together(states: Sequence[tuple[torch.optim.Optimizer, dict[str, Any]]], others: Callable[[], None]) -> None:
+    """Load each optimizer's state, and ``others``; on an error the optimizers are as they were."""
+    before = [(optimizer, optimizer.state_dict()) for optimizer, _ in states]
+    try:
+        for optimizer, state in states:
+            optimizer.load_state_dict(state)
+        others()
+    except Exception:
+        for optimizer, state in before:
+            optimizer.load_state_dict(state)
+        raise
 
 
 def _parameters_of(

@@ -766,6 +766,33 @@ def test_an_operator_that_fails_is_known_to_all(world: World, mode: str) -> None
     world.run(an_operator_fails, mode)
 
 
+class NoRoom(Tensor):
+    """Cannot be subtracted from."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function in (Tensor.sub, Tensor.__sub__):
+            raise MemoryError("no room")
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def no_room_for_a_difference() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, 1, mode="logical", total_steps=9, timeout=9.0)
+    train(model, optimizer, 0, 2)
+    if hvd.rank() == 1:
+        optimizer._anchors["b"] = optimizer._anchors["b"].as_subclass(NoRoom)
+    error = MemoryError if hvd.rank() == 1 else PeerError
+    with pytest.raises(error, match="no room" if hvd.rank() == 1 else "rank 1 failed: MemoryError: no room"):
+        train(model, optimizer, 2, 9)
+
+
+@pytest.mark.ranks(2)
+def test_no_room_for_a_difference_on_one_rank(world: World) -> None:
+    """Known to all at once, outside of a ``with`` statement too."""
+    world.run(no_room_for_a_difference)
+
+
 def a_rank_is_late() -> None:
     model = Vectors(SHAPES)
     optimizer = wrap(model, 1, mode="logical", total_steps=9, timeout=3.0)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import importlib
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from models import through_a_file
 from world import World, environment, launch, mpirun_command
 
 from hvd_compress import Checkpoints, random_state, set_random_state
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
 
 # Each rank's state says whose it is and of which step, in every element.
 SAVES_FOR_EVER = """
@@ -54,6 +59,35 @@ while not interruption.agreed():
 print("stopped", hvd.allgather_object(step), flush=True)
 hvd.barrier()
 sys.exit(hvd_compress.EXIT_REQUEUE)
+"""
+
+
+SIGNALLED_WITH_ITS_WORKERS = """
+import os, signal, sys, torch
+
+class Pids(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return os.getpid()
+
+if __name__ == "__main__":
+    import horovod.torch as hvd
+    from hvd_compress import Interruption
+    hvd.init()
+    interruption = Interruption()
+    loader = torch.utils.data.DataLoader(
+        Pids(), num_workers=1, multiprocessing_context=sys.argv[1], persistent_workers=True
+    )
+    seen = 0
+    for (pid,) in loader:
+        if not seen:
+            for number in (signal.SIGTERM, signal.SIGUSR2):
+                os.kill(pid, number)
+                os.kill(os.getpid(), number)
+        seen += 1
+    print(seen, interruption.requested, flush=True)
 """
 
 
@@ -190,33 +224,40 @@ class DyingError(BaseException):
     """Not an Exception: nothing that cleans up after errors must run, as at a kill."""
 
 
+@contextlib.contextmanager
+def dying_after(calls: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this context the process dies at the next call but so many that changes the disk."""
+    made = 0
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal made
+            made += 1
+            if made > calls:
+                raise DyingError
+            return original(*arguments, **options)
+
+        return call
+
+    names = [(os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (torch, "save")]
+    with monkeypatch.context() as patched:
+        for module, name in names:
+            patched.setattr(module, name, dying(getattr(module, name)))
+        yield
+
+
 class TestKills:
     def test_at_every_call_that_changes_the_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The process dies at its first, second … such call; what was saved before is always whole."""
         hvd.init()
-        names = [(os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (torch, "save")]
         deaths = 0
         for survived in range(1000):
             directory = tmp_path / str(survived)
             checkpoints = Checkpoints(directory, keep=1)
             checkpoints.save(1, {"w": 1})
             checkpoints.save(2, {"w": 2})
-            calls = 0
-
-            def dying(original: Callable[..., Any], limit: int = survived) -> Callable[..., Any]:
-                def call(*arguments: Any, **options: Any) -> Any:
-                    nonlocal calls
-                    calls += 1
-                    if calls > limit:
-                        raise DyingError
-                    return original(*arguments, **options)
-
-                return call
-
             died = False
-            with monkeypatch.context() as patched:
-                for module, name in names:
-                    patched.setattr(module, name, dying(getattr(module, name)))
+            with dying_after(survived, monkeypatch):
                 try:
                     checkpoints.save(3, {"w": 3})
                 except DyingError:
@@ -233,6 +274,51 @@ class TestKills:
                 break
             deaths += 1
         assert 8 <= deaths < 1000
+
+    def test_while_an_example_deletes_them_all(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that are left are whole."""
+        hvd.init()
+        monkeypatch.syspath_prepend(EXAMPLES)
+        resumable = importlib.import_module("resumable")
+        for survived in range(7):
+            checkpoints = Checkpoints(tmp_path / str(survived), keep=2)
+            for step in (1, 2):
+                checkpoints.save(step, {"w": step})
+            with dying_after(survived, monkeypatch):
+                if survived < 6:
+                    with pytest.raises(DyingError):
+                        resumable._delete(checkpoints.directory)
+                else:
+                    resumable._delete(checkpoints.directory)
+            saved = checkpoints.load()
+            assert saved is None or saved.state == {"w": saved.step}
+            assert (saved is None) == (survived in (4, 5, 6))
+
+    @pytest.mark.parametrize("call", ["rename", "rmdir"])
+    def test_one_that_cannot_be_deleted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+    ) -> None:
+        """On NFS, for instance, while another process reads it: what was saved is saved, and the log says so."""
+        hvd.init()
+        checkpoints, original = Checkpoints(tmp_path, keep=1), getattr(os, call)
+        checkpoints.save(1, {"w": 1})
+
+        def refuses(path: Any, *arguments: Any, **options: Any) -> None:
+            if "step-0000000001" in os.fspath(path):
+                raise OSError(errno.EBUSY, "busy", path)
+            original(path, *arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, call, refuses)
+            for step in (2, 3):
+                caplog.clear()
+                checkpoints.save(step, {"w": step})
+                saved = checkpoints.load()
+                assert saved is not None
+                assert saved.state == {"w": step}
+                assert "cannot be deleted" in caplog.text
+        checkpoints.save(4, {"w": 4})
+        assert os.listdir(tmp_path) == ["step-0000000004"]
 
     def test_killed_while_saving(self, tmp_path: Path) -> None:
         """Real kills of two ranks that do nothing but save. What they start from was verified by themselves."""
@@ -311,6 +397,27 @@ class TestInterruption:
         )
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert (ended.returncode, ended.stdout) == (0, "got data\n"), ended.stderr
+
+    @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+    def test_signals_to_every_process(self, tmp_path: Path, method: str) -> None:
+        """As Slurm's. DataLoader's process goes on, and ends with the program, which does not wait for it."""
+        script = tmp_path / "script.py"
+        script.write_text(SIGNALLED_WITH_ITS_WORKERS)
+        process = subprocess.Popen(
+            [sys.executable, script, method],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=30)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        assert (process.returncode, stdout) == (0, "12 True\n"), stderr
+        assert "Error" not in stderr
 
 
 def test_random_numbers_go_on() -> None:

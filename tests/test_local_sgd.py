@@ -761,6 +761,45 @@ def test_states_that_do_not_fit(world: World) -> None:
     world.run(refuses_states_that_do_not_fit)
 
 
+def a_load_that_is_refused(by: str) -> None:
+    """It leaves everything as it was, whoever refuses it: the inner optimizer, the outer one, or the exchange."""
+
+    def build(refuses: bool) -> tuple[Vectors, QsparseLocalSGD]:
+        model = Vectors(SHAPES)
+        divided = refuses and by == "inner"
+        groups = [{"params": [p]} for p in model.parameters()] if divided else model.parameters()
+
+        def outer(x: list[Tensor]) -> torch.optim.Optimizer:
+            divided = refuses and by == "outer"
+            return torch.optim.SGD([{"params": [a]} for a in x] if divided else x, lr=0.7, momentum=0.9)
+
+        return model, QsparseLocalSGD(
+            torch.optim.SGD(groups, lr=0.5, momentum=0.9),
+            named_parameters=model.named_parameters(),
+            compression=Compression.topk(
+                k=5, dense_below=0, memory="none" if refuses and by == "exchange" else "residual"
+            ),
+            outer=outer,
+        )
+
+    model, optimizer = build(False)
+    train(model, optimizer, 0, 3)
+    state = copy.deepcopy(optimizer.state_dict())
+    model, optimizer = build(True)
+    train(model, optimizer, 10, 12)
+    before = copy.deepcopy((optimizer.state_dict(), model.state_dict()))
+    with pytest.raises(ValueError, match="no memory" if by == "exchange" else "group"):
+        optimizer.load_state_dict(state)
+    assert_same(optimizer.state_dict(), before[0])
+    assert_same(dict(model.state_dict()), dict(before[1]))
+
+
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("by", ["inner", "outer", "exchange"])
+def test_a_load_that_is_refused_changes_nothing(world: World, by: str) -> None:
+    world.run(a_load_that_is_refused, by)
+
+
 # What goes wrong
 
 
@@ -790,6 +829,49 @@ def divergence() -> None:
 @pytest.mark.ranks(2)
 def test_a_rank_that_diverges_stops_all_and_spoils_nothing(world: World) -> None:
     world.run(divergence)
+
+
+def divergence_at_a_drop(exchange: str) -> None:
+    """What was to be forgotten at the drop is forgotten at the first exchange after it that succeeds."""
+    model = Vectors(SHAPES)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = QsparseLocalSGD(
+        sgd,
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5, dense_below=0, exchange=exchange, nodes=list(range(hvd.size()))),
+        forget_at_drop=0.5,
+    )
+
+    def memory() -> dict[str, Tensor]:
+        state = optimizer.state_dict()["qsparse_local_sgd"]["average"]
+        return copy.deepcopy(state.get("inner", state)["memory"])
+
+    train(model, optimizer, 0, 3)
+    before, exchanges = memory(), optimizer.ledger.exchanges
+    assert any(bool(m.any()) for m in before.values())
+    sgd.param_groups[0]["lr"] = 0.25
+    bad = gradients(hvd.rank(), 3)
+    if hvd.rank() == 1:
+        bad["b"][0, 0] = math.inf
+    optimizer.zero_grad()
+    model(bad).backward()
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    assert_same(memory(), before)
+    assert optimizer.ledger.exchanges == exchanges + 1
+    anchors = copy.deepcopy(model.state_dict())
+    train(model, optimizer, 4, 5)
+    assert_replicas_identical(list(model.parameters()))
+    sent = {name: 0.25 * g for name, g in gradients(hvd.rank(), 4).items()}
+    for name, p in model.named_parameters():
+        whole = hvd.allreduce(sent[name] - memory()[name].view_as(p), name=f"{exchange}.{name}")
+        assert torch.allclose(anchors[name] - p, whole, atol=1e-6)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("exchange", ["allgather", "hierarchical"])
+def test_a_rank_that_diverges_at_a_drop_spoils_nothing_either(world: World, exchange: str) -> None:
+    world.run(divergence_at_a_drop, exchange)
 
 
 def divergence_through_horovod(compression: Any) -> None:

@@ -27,9 +27,11 @@ from hvd_compress import (
     node_process_set,
     resize,
 )
+from hvd_compress.auto import AutoReducer
 from hvd_compress.exchanges import reducer
 from hvd_compress.ledger import Ledger
 from hvd_compress.membership import Change, members
+from hvd_compress.memory import Residual
 from hvd_compress.operators import QSGD, Operator, RandK, Rotated, Sign, TopK, compose
 from hvd_compress.pieces import Piece, cut, even_ends
 from hvd_compress.scattered import equal_parts, select_again
@@ -760,6 +762,33 @@ def test_auto_chooses_the_same_on_all_ranks_says_why_and_keeps_to_it(world: Worl
         assert [len(t) for t in texts] == [1] + [0] * (world.ranks - 1)
         assert f"exchange {choices[0]}: expected are allgather" in texts[0][0]
         assert f"Measured on {len(set(nodes))} node(s)" in texts[0][0]
+
+
+class DrawsThere(Operator):
+    """Sends ones, if its draws are where its tensor is."""
+
+    def encode(self, x: Tensor, *, generator: Any = None) -> Message:
+        assert generator.device == x.device
+        return Message.dense(torch.ones(x.shape))
+
+
+class PretendedGenerator:
+    """torch has none on the device that its tensors pretend to be on."""
+
+    def __init__(self, device: Any = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def manual_seed(self, seed: int) -> PretendedGenerator:
+        return self
+
+
+def test_auto_tries_with_draws_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"w": torch.Size([30])}
+    options: Any = {"operator": DrawsThere(), "memory": Residual(), "dense_below": 0, "seed": 0, "ledger": Ledger()}
+    make: Any = None  # nothing is chosen here
+    monkeypatch.setattr(torch, "Generator", PretendedGenerator)
+    messages, _ = AutoReducer(make, shapes, **options)._try({"w": torch.empty(30, device="meta")})
+    assert messages.keys() == {"w"}
 
 
 def auto_fails_on_one_rank() -> None:
