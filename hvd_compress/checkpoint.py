@@ -30,7 +30,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
+from multiprocessing import popen_fork, resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -222,8 +222,8 @@ class Interruption:
 
     From here on the signals no longer end this process. But for SIGINT they are also blocked, which processes that it
     starts later inherit, such as DataLoader's: Slurm signals every process of a job, and would end them before the
-    step is done. So ``terminate()`` does not end those, ``kill()`` does; multiprocessing's daemons are killed when
-    the program ends, if they are still there.
+    step is done. So a ``subprocess.Popen.terminate()`` does not end those, ``kill()`` does; multiprocessing's
+    ``terminate()`` kills from here on, and its daemons are killed when the program ends, if they are still there.
 
     A second SIGINT (Ctrl-C) raises KeyboardInterrupt as always. A terminal sends the first one to the started
     processes, too, and DataLoader's end with it unless their ``worker_init_fn`` has them ignore it.
@@ -253,6 +253,8 @@ class Interruption:
             signal.signal(number, self._handle)
         # Its start unblocks SIGTERM, and would come later else, with the first process of "spawn" or "forkserver".
         resource_tracker.ensure_running()
+        # A blocked SIGTERM ends none of multiprocessing's, whose pools and exit would wait for ever.
+        popen_fork.Popen.terminate = popen_fork.Popen.kill  # type: ignore[method-assign]
         atexit.unregister(_kill_daemons)
         atexit.register(_kill_daemons)
         signal.pthread_sigmask(signal.SIG_BLOCK, self._blocked)
@@ -287,7 +289,7 @@ class Interruption:
 
 
 def _kill_daemons() -> None:
-    """What multiprocessing is about to do by SIGTERM, and would wait for for ever where that is blocked."""
+    """What multiprocessing is about to do, with DataLoader watching."""
     daemons = [child for child in multiprocessing.active_children() if child.daemon]
     if daemons:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler takes it for an accident
