@@ -56,7 +56,6 @@ NOT_RUN = {
     "mpirun -np 2 python examples/cnn.py": "test_examples.py::test_cnn, likewise and shorter",
     "mpirun -np 2 python examples/masked_words.py": "test_examples.py::test_masked_words, likewise and shorter",
     "mpirun -np 2 python examples/every_compressor.py": "test_examples.py::test_every_compressor, shorter",
-    "mpirun -np 2 python benchmarks/step_cost.py": "takes minutes",
     "mpirun -np 4 python benchmarks/straggler.py": "takes minutes; test_async.py::test_the_straggler_benchmark_runs",
     "mpirun -np 4 python benchmarks/soak.py": "takes minutes; test_soak.py::test_a_short_soak",
     "sudo": "needs root and minutes; test_advise.py::test_two_machines_and_a_slow_link makes a network in this way",
