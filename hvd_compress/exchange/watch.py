@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -310,7 +311,14 @@ def _end_of_program() -> None:
 
 def _frame() -> FrameType | None:
     """The innermost one of the program; not this thread's."""
-    return sys._current_frames().get(threading.main_thread().ident or 0)
+    # Python holds a lock meanwhile, on which a garbage collection's callbacks, which may come here, would wait for ever.
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames().get(threading.main_thread().ident or 0)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _stack() -> str:
