@@ -311,7 +311,7 @@ def _end_of_program() -> None:
 
 def _frame() -> FrameType | None:
     """The innermost one of the program; not this thread's."""
-    # Python holds a lock meanwhile, on which a garbage collection's callbacks, which may come here, would wait for ever.
+    # Python holds a lock meanwhile, for which the callbacks of a garbage collection, which may come here, would wait.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
