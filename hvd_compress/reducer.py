@@ -142,11 +142,6 @@ class Reducer(Sender):
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
-        if isinstance(self._exchange, HorovodExchange):  # it fails with Horovod, and must not meet the next world
-            for bucket in self._departed:
-                bucket.arrival.cancel()
-            wait(bucket.arrival for bucket in self._departed)
-            self._departed.clear()
         self._drop()
         self._exchange = self._watch = self._place = self._saved_as = None
         self._awaited = [set(names) for names in self._buckets]  # as on ranks that are new
@@ -258,6 +253,12 @@ class Reducer(Sender):
         How many of its buckets have departed may differ between ranks, and what has departed cannot be called back:
         others' buckets of the next exchange would meet them. So all of them depart, and are waited for.
         """
+        if isinstance(self._exchange, HorovodExchange):  # a Horovod that has failed must not be asked for more
+            for bucket in self._departed:
+                bucket.arrival.cancel()
+            wait(bucket.arrival for bucket in self._departed)
+            self._departed.clear()
+            return
         self.let_fail(RuntimeError("the exchange was given up"))
         if self._watch is not None:
             self._watch.begin()
