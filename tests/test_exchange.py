@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -688,3 +690,22 @@ def test_failures_and_hangs_are_reported_by_rank(world: World) -> None:
 def test_the_text_of_a_failing_rank_is_kept(world: World) -> None:
     with pytest.raises(RankFailedError, match=r"(?s)--- rank 1\n.*told you"):
         world.run(raises_on_one_rank, timeout=60)
+
+
+def test_looking_where_the_program_is_meets_a_garbage_collection() -> None:
+    """Python holds a lock while it lists the frames: a callback that lists them too must not come meanwhile."""
+    script = (
+        "import gc, weakref\n"
+        "from hvd_compress.exchange import watch\n"
+        "class Cycle: pass\n"
+        "kept = []\n"
+        "gc.set_threshold(1)\n"
+        "for _ in range(300):\n"
+        "    cycle = Cycle(); cycle.me = cycle\n"
+        "    kept.append(weakref.ref(cycle, lambda _: watch._frame()))\n"
+        "    del cycle\n"
+        "    watch._frame()\n"
+        "print('ended')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout == "ended\n", ended.stderr
