@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import NonFiniteError, RankMismatchError
 from .exchanges import reducer
 from .gradient import GradientCompressor
+from .horovod_exchange import for_horovod
 from .kernels import all_finite, is_finite
 from .ledger import Ledger
 from .membership import link
@@ -139,10 +140,8 @@ class HorovodAverage:
             RankMismatchError: ranks are at different steps; every rank raises.
         """
         self._check(step)
-        moves = {name: moved(name).contiguous() for name in self._names}
-        # Horovod refuses bfloat16.
-        tensors = [move.float() if move.dtype == torch.bfloat16 else move for move in moves.values()]
-        compressed, contexts = zip(*map(self._compression.compress, tensors), strict=True)
+        moves = {name: moved(name) for name in self._names}
+        compressed, contexts = zip(*map(self._compression.compress, map(for_horovod, moves.values())), strict=True)
         for name, tensor in zip(self._names, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1

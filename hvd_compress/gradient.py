@@ -20,6 +20,7 @@ from horovod.torch.compression import Compressor
 from torch import Tensor
 
 from .exchanges import AnyReducer, reducer
+from .horovod_exchange import for_horovod
 from .kernels import is_finite
 from .ledger import Ledger
 from .membership import check_named_parameters, link
@@ -160,9 +161,7 @@ class GradientCompressor(Compressor):
         traffic.dense += tensor.nbytes
         self._submitted.add(name)
         if tensor.numel() < self.settings.dense_below and not reducer.covers_small:
-            # Horovod refuses bfloat16 and tensors that are not contiguous.
-            dense = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-            dense = dense.contiguous()
+            dense = for_horovod(tensor)
             traffic.horovod += dense.nbytes
             self._dense_finite.append(is_finite(dense))
             return dense, _Dense(name, tensor.dtype)

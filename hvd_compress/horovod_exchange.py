@@ -1,4 +1,5 @@
-"""Buffers between ranks where Horovod runs without MPI, as under ``horovodrun --gloo`` and in elastic training."""
+"""What goes through Horovod: tensors as it takes them, and buffers between ranks where it runs without MPI, as under
+``horovodrun --gloo`` and in elastic training."""
 
 from __future__ import annotations
 
@@ -7,9 +8,15 @@ from typing import TYPE_CHECKING
 import horovod.torch as hvd
 import numpy as np
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from .exchange.gather import Bytes
+
+
+def for_horovod(tensor: Tensor) -> Tensor:
+    """The same numbers as Horovod takes them: it refuses bfloat16 and tensors that are not contiguous."""
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).contiguous()
 
 
 class HorovodExchange:

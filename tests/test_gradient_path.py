@@ -35,6 +35,13 @@ def gradients(rank: int, step: int, names: Any = SHAPES, dtype: torch.dtype = to
     return {name: gradient(SHAPES[name], rank, step, list(SHAPES).index(name), dtype) for name in names}
 
 
+def train(model: Vectors, optimizer: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        optimizer.zero_grad()
+        model(gradients(hvd.rank(), step)).backward()
+        optimizer.step()
+
+
 # Settings
 
 
@@ -414,18 +421,12 @@ def test_gradients_in_buffers_that_live_on(world: World, buffers: str, exchange:
 def frozen_later(forgets: bool) -> None:
     model = Vectors(SHAPES)
     compression, optimizer = wrap(model)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(gradients(hvd.rank(), step)).backward()
-        optimizer.step()
+    train(model, optimizer, 0, 3)
     frozen = model.get_parameter("a").requires_grad_(False)
     before = frozen.detach().clone()
     if forgets:
         compression.reset_memory()
-    for step in range(3, 6):
-        optimizer.zero_grad()
-        model(gradients(hvd.rank(), step)).backward()
-        optimizer.step()
+    train(model, optimizer, 3, 6)
     assert torch.equal(before, frozen) == forgets
     assert_replicas_identical(list(model.parameters()))
 
@@ -553,10 +554,7 @@ def overflow(bad: float, where: str) -> None:
     """One rank's overflow reaches the optimizer on all ranks, and leaves all memories as they were."""
     model = Vectors(SHAPES)
     compression, optimizer = wrap(model)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(gradients(hvd.rank(), step)).backward()
-        optimizer.step()
+    train(model, optimizer, 0, 3)
     before = {n: m.clone() for n, m in compression.state_dict()["memory"].items()}
     assert any(m.any() for m in before.values())
     poisoned = gradients(hvd.rank(), 3)
@@ -662,12 +660,6 @@ def test_process_set(world: World) -> None:
 
 
 def resumes_bit_for_bit(steps: int) -> None:
-    def train(model: Vectors, optimizer: Any, first: int, last: int) -> None:
-        for step in range(first, last):
-            optimizer.zero_grad()
-            model(gradients(hvd.rank(), step)).backward()
-            optimizer.step()
-
     straight = Vectors(SHAPES)
     whole, optimizer = wrap(straight)
     train(straight, optimizer, 0, 2 * steps)

@@ -1,9 +1,9 @@
 """Compression operators: tensors in, messages out. Nothing here knows ranks, parameters or steps."""
 
 from .amount import Amount
-from .base import Operator, Quantizer, working_dtype
+from .base import Operator, Quantizer, typical_error, working_dtype
 from .cat import CAT
-from .compose import Composed, compose, typical_error
+from .compose import Composed, compose
 from .quantizers import QSGD, MinMax, OneBit, Rotated, Sign, TernGrad
 from .sparsifiers import RandK, RandomBlock, Threshold
 from .topk import TopK

@@ -13,17 +13,6 @@ from .base import Operator, Quantizer
 from .quantizers import QSGD, Sign
 
 
-def typical_error(operator: Operator, numel: int = 1 << 14) -> float:
-    """‖x − C(x)‖² / ‖x‖² of one x with independent Gaussian elements, the same in each call.
-
-    With error feedback the memory's energy is multiplied by about so much at each exchange: from 1 on it explodes,
-    whatever the worst case's bound is.
-    """
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
-    received = operator(x, generator=torch.Generator().manual_seed(1))
-    return float((x - received).double().square().sum() / x.double().square().sum())
-
-
 def compose(sparsifier: Operator, quantizer: Quantizer, *, scaled: bool = False) -> Composed:
     """``Q(Comp_k(x))``: the kept elements, quantized. Qsparse-local-SGD (arXiv 1906.02367), section 2.
 

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
-#include "clones.h"
 #include "kernels.h"
+#include "machine.h"
 
 namespace hvd {
 namespace {

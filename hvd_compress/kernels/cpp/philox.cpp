@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "clones.h"
+#include "machine.h"
 #include "threads.h"
 
 namespace hvd {
@@ -68,20 +68,17 @@ template void uniform(std::uint64_t, Index, int, float*);
 template void uniform(std::uint64_t, Index, int, double*);
 
 void random_signs(std::uint64_t seed, Index n, int threads, std::int8_t* signs) {
-    constexpr Index chunk = kDrawn * 4 * 32;  // one for each bit
-    const Index chunks = (n + chunk - 1) / chunk, parts = parts_of(n, threads);
-    in_parallel(parts, [&](Index part) {
-        Word words[kDrawn * 4];
+    constexpr Index chunk = kChunk * 32;  // a sign for each bit
+    in_chunks<chunk>(n, threads, [&](Index number, Index begin, Index end) {
+        Word words[kChunk];
         std::int8_t some[chunk];
-        for (Index at = chunks * part / parts; at < chunks * (part + 1) / parts; ++at) {
-            draw_words(seed, at * kDrawn, kDrawn, words);
-            for (Index i = 0; i < kDrawn * 4; ++i) {
-                for (int bit = 0; bit < 32; ++bit) {
-                    some[32 * i + bit] = static_cast<std::int8_t>(static_cast<int>(words[i] >> bit & 1) * 2 - 1);
-                }
+        draw_words(seed, number * kDrawn, kDrawn, words);
+        for (Index i = 0; i < kChunk; ++i) {
+            for (int bit = 0; bit < 32; ++bit) {
+                some[32 * i + bit] = static_cast<std::int8_t>(static_cast<int>(words[i] >> bit & 1) * 2 - 1);
             }
-            std::copy_n(some, std::min(chunk, n - at * chunk), signs + at * chunk);
         }
+        std::copy_n(some, end - begin, signs + begin);
     });
 }
 

@@ -21,13 +21,13 @@ void draw_words(std::uint64_t seed, std::uint64_t first, Index counters, std::ui
 void draw(std::uint64_t seed, Index chunk, float* draws);
 void draw(std::uint64_t seed, Index chunk, double* draws);
 
-// Calls work(chunk, begin, end) for all chunks of n elements.
-template <class Work>
+// Calls work(number, begin, end) for all chunks of n elements.
+template <Index chunk = kChunk, class Work>
 void in_chunks(Index n, int threads, const Work& work) {
-    const Index chunks = (n + kChunk - 1) / kChunk, parts = parts_of(n, threads);
+    const Index chunks = (n + chunk - 1) / chunk, parts = parts_of(n, threads);
     in_parallel(parts, [&](Index part) {
-        for (Index chunk = chunks * part / parts; chunk < chunks * (part + 1) / parts; ++chunk) {
-            work(chunk, chunk * kChunk, std::min((chunk + 1) * kChunk, n));
+        for (Index number = chunks * part / parts; number < chunks * (part + 1) / parts; ++number) {
+            work(number, number * chunk, std::min((number + 1) * chunk, n));
         }
     });
 }

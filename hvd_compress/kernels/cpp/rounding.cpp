@@ -7,8 +7,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "clones.h"
 #include "kernels.h"
+#include "machine.h"
 #include "philox.h"
 #include "threads.h"
 

@@ -12,12 +12,8 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "machine.h"
 #include "threads.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HVD_X86 1
-#endif
 
 namespace hvd {
 namespace {

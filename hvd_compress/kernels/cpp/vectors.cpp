@@ -7,12 +7,8 @@
 #include <string>
 
 #include "kernels.h"
+#include "machine.h"
 #include "threads.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-#define HVD_X86 1
-#endif
 
 namespace hvd {
 namespace {
@@ -25,7 +21,7 @@ constexpr Index kWorthStreaming = Index{1} << 16;  // elements
 using Stream = void (*)(const void* from, std::size_t bytes, void* to);
 
 #ifdef HVD_X86
-__attribute__((target("avx"))) void stream_avx(const void* from, std::size_t bytes, void* to) {
+__attribute__((target("avx2"))) void stream_avx2(const void* from, std::size_t bytes, void* to) {
     for (std::size_t at = 0; at < bytes; at += 32) {
         const __m256 some = _mm256_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + at));
         _mm256_stream_ps(reinterpret_cast<float*>(static_cast<char*>(to) + at), some);
@@ -44,8 +40,9 @@ __attribute__((target("avx512f"))) void stream_avx512(const void* from, std::siz
 
 Stream best_stream() {
 #ifdef HVD_X86
-    if (__builtin_cpu_supports("avx512f")) return stream_avx512;
-    if (__builtin_cpu_supports("avx")) return stream_avx;
+    const VectorUnit unit = vector_units().front();
+    if (unit == VectorUnit::avx512) return stream_avx512;
+    if (unit == VectorUnit::avx2) return stream_avx2;
 #endif
     return [](const void* from, std::size_t bytes, void* to) { std::memcpy(to, from, bytes); };
 }
