@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,16 @@ def mpirun_command(ranks: int) -> list[str]:
     if "Open MPI" in version or "open-mpi" in version:
         command += ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
         command += ["--mca", "mpi_yield_when_idle", "1"]  # ranks that share a core must not spin on it
+        # Killed, it leaves files that are named after its process number, and refuses to start where it finds them.
+        # With thousands of processes in the tests, the next one of that number comes soon.
+        command += ["--prtemca", "prte_tmpdir_base", tempfile.mkdtemp(dir=_scratch().name)]
     return command
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """Removed when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="hvd-compress-tests-", ignore_cleanup_errors=True)
 
 
 def environment() -> dict[str, str]:
@@ -88,7 +98,7 @@ class World:
 
     def __init__(self, ranks: int) -> None:
         self.ranks = ranks
-        self._directory = Path(tempfile.mkdtemp(prefix="hvd-compress-world-"))
+        self._directory = Path(tempfile.mkdtemp(dir=_scratch().name))
         self._log = (self._directory / "log").open("w+")
         self._jobs = 0
         self._process = subprocess.Popen(
