@@ -225,6 +225,20 @@ def test_a_budget_that_has_no_room_for_what_was_spent_begins_anew(make: Any, rat
         resumed.advance(1.0, kept=average)
 
 
+def test_a_state_of_another_schedule_changes_nothing() -> None:
+    def make(operator: Any) -> Any:
+        return Compression.of(operator, named_parameters=Vectors({"w": (50,)}).named_parameters(), dense_below=0)
+
+    memory = {"memory": {"w": torch.ones(50)}}
+    for other in (TopK(k=5), WarmUp(0.01, 10), Accordion(high=0.1, low=0.01)):
+        compression = make(AdaptiveTopK(0.1, 10))
+        before = compression.state_dict()
+        with pytest.raises(ValueError, match="AdaptiveTopK"):
+            compression.load_state_dict({**make(other).state_dict(), **memory})
+        assert compression.state_dict() == before
+        make(TopK(k=5)).load_state_dict({**before, **memory})  # one operator throughout goes on from any
+
+
 SHAPES = {"a": (400,), "b": (70, 110), "c": (30, 5, 4)}
 
 
