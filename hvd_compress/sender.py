@@ -130,7 +130,7 @@ class Sender(Member):
         An exchange that has begun is given up: do it on all ranks, since it fails on those that go on with it.
 
         Raises:
-            ValueError: the state is of another format, or holds memories of other tensors than these.
+            ValueError: the state is of another format or schedule, or holds memories of other tensors than these.
         """
         if state.get("format") != _STATE_FORMAT:
             raise ValueError(f"expected a compressor's state of format {_STATE_FORMAT}, got {state.get('format')!r}")
@@ -142,6 +142,9 @@ class Sender(Member):
                     f"the state's memory of {name!r} has {memory.shape[-1]} elements, the parameter has "
                     f"{self._shapes[name].numel()}"
                 )
+        schedule = self._schedule.state_dict()
+        if schedule and state["schedule"].keys() != schedule.keys():
+            raise ValueError(f"the state was not saved with a schedule like {self._operator!r}")
         saved_as = None if state["rank"] is None else (state["rank"], state["size"])
         here = self._place
         if saved_as and here and saved_as != here:

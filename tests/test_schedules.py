@@ -207,6 +207,38 @@ def test_threshold_finds_its_budget_with_error_feedback(scale: float) -> None:
     assert max(sent[50:]) > 1.5 * min(sent[50:])
 
 
+@pytest.mark.parametrize("make", [AdaptiveTopK, HardThreshold])
+@pytest.mark.parametrize(("ratio", "exchanges"), [(0.05, 50), (0.05, 60), (0.01, 100)])
+def test_a_budget_that_has_no_room_for_what_was_spent_begins_anew(make: Any, ratio: float, exchanges: int) -> None:
+    """On twice the ranks, say, an epoch has half the exchanges."""
+    saved = make(0.05, 100).start({"w": 1500})
+    for _ in range(60):
+        saved.advance(1.0, kept=75)
+    resumed = make(ratio, exchanges).start({"w": 1500})
+    resumed.load_state_dict(saved.state_dict())
+    average = round(ratio * 1500)
+    for _ in range(2 * exchanges):
+        operator = resumed.operator("w")
+        most = operator.k if isinstance(operator, TopK) else operator.at_most
+        assert most is not None
+        assert most >= average
+        resumed.advance(1.0, kept=average)
+
+
+def test_a_state_of_another_schedule_changes_nothing() -> None:
+    def make(operator: Any) -> Any:
+        return Compression.of(operator, named_parameters=Vectors({"w": (50,)}).named_parameters(), dense_below=0)
+
+    memory = {"memory": {"w": torch.ones(50)}}
+    for other in (TopK(k=5), WarmUp(0.01, 10), Accordion(high=0.1, low=0.01)):
+        compression = make(AdaptiveTopK(0.1, 10))
+        before = compression.state_dict()
+        with pytest.raises(ValueError, match="AdaptiveTopK"):
+            compression.load_state_dict({**make(other).state_dict(), **memory})
+        assert compression.state_dict() == before
+        make(TopK(k=5)).load_state_dict({**before, **memory})  # one operator throughout goes on from any
+
+
 SHAPES = {"a": (400,), "b": (70, 110), "c": (30, 5, 4)}
 
 

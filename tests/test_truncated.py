@@ -93,6 +93,13 @@ def test_tnqsgd_cut_and_error(s: int, alpha: float, error: float) -> None:
     assert TNQSGD(levels=s).error(Laplace()) == pytest.approx(error, rel=0.02)
 
 
+def test_tnqsgd_is_a_little_above_the_error_of_a_density() -> None:
+    for c, most in ((1 / 4, 1.02), (1 / 6, 1.03)):
+        for s in range(1, 64):
+            density = 108 * c / (s + math.sqrt(54 * c)) ** 2
+            assert 1 < TNQSGD(levels=s, constant=c).error(Laplace()) / density < most
+
+
 @pytest.mark.parametrize(
     ("s", "half"),
     [

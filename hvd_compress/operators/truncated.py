@@ -3,9 +3,10 @@
 TNQSGD is arXiv 2402.01160 (Laplace); TUQSGD, TNQSGD and TBQSGD with power-law tails are arXiv 2402.01798. Here
 ``TQSGD`` is the one with even levels. A tensor is cut at ±α and rounded without bias between s + 1 levels; the only
 bias is the cut. For Laplace, α and the levels minimise the error per element, ``c Σ mass · Δ² + lost(α)``, Δ the
-width of a step. For a power law α is the papers' fixed point, which takes the first term to grow as α²: with even
-levels that is within 0.2 % of the least error; TNQSGD's is up to 3 % above it at 3 bits, 17 % at 4 and 34 % at 5. The
-papers' c = 1/4 is the worst case in a step; 1/6, the average over a step, is 2 to 4 % better (derived here).
+width of a step; TNQSGD's as if levels had a density, which is within 0.3 % of the least error. For a power law α is
+the papers' fixed point, which takes the first term to grow as α²: with even levels that is within 0.2 % of the least
+error; TNQSGD's is up to 3 % above it at 3 bits, 17 % at 4 and 34 % at 5. The papers' c = 1/4 is the worst case in a
+step; 1/6, the average over a step, is 2 to 4 % better (derived here).
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class TNQSGD(Truncated):
     """Levels as dense as the cube root of the density, which makes the error the smallest: non-uniform.
 
     For Laplace (arXiv 2402.01160; K = √(54c), 3.674 for c = 1/4): ``α = 3γ ln(1 + s/K)``, levels
-    ``∓3γ ln(1 − |2k − s|/(s + K))``, error ``108 c γ²/(s + K)²``, 27 γ²/(s + K)² for c = 1/4.
+    ``∓3γ ln(1 − |2k − s|/(s + K))``, error ``108 c γ²/(s + K)²``, 27 γ²/(s + K)² for c = 1/4. That is the error of a
+    density of levels; :meth:`error`, of the levels themselves, is up to 3 % above it.
     """
 
     def table(self, model: Model) -> tuple[float, ...]:

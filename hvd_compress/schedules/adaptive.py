@@ -98,7 +98,7 @@ class AdaptiveTopKSchedule(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Schedule`."""
-        self._budget.done, self._budget.spent = state["done"], state["spent"]
+        self._budget.resume(state["done"], state["spent"])
         self._energy, self._mean_energy = state["energy"], state["mean_energy"]
         self._plan_next()
 

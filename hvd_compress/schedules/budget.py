@@ -52,6 +52,15 @@ class Budget:
         if self.done == self.exchanges:
             self.done = self.spent = 0
 
+    def resume(self, done: int, spent: int) -> None:
+        """Go on after ``done`` exchanges that have sent ``spent`` elements, or anew if there is no room for them.
+
+        They may be of another budget: an epoch has fewer exchanges on more ranks.
+        """
+        self.done, self.spent = done, spent
+        if done >= self.exchanges or self.left < self.k_min * self.exchanges_left:
+            self.done = self.spent = 0
+
 
 def check_budget(ratio: float, exchanges: int, smallest: float) -> None:
     """Refuse what makes no :class:`Budget`.

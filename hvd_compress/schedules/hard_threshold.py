@@ -108,7 +108,8 @@ class HardThresholdSchedule(Schedule):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :class:`Schedule`."""
-        self._budget.done, self._budget.spent, self.price = state["done"], state["spent"], state["price"]
+        self._budget.resume(state["done"], state["spent"])
+        self.price = state["price"]
         self._plan_next()
 
     def _plan_next(self) -> None:
