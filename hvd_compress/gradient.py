@@ -169,7 +169,7 @@ class GradientCompressor(Compressor):
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
         else:
-            reducer.add(name, tensor)
+            reducer.add(name, tensor.clone() if _may_have_readers(tensor) else tensor)
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
@@ -261,3 +261,13 @@ class GradientCompressor(Compressor):
             name, sent = self._sparse.pop()
             self.ledger.tensors[name].horovod += sent
             self.ledger.tensors[name].dense += sent  # plain Horovod sends the same
+
+
+def _may_have_readers(tensor: Tensor) -> bool:
+    """Whether somebody else may still read this gradient's storage.
+
+    Autograd gives one storage to both tables of ``rows[None] + columns[None]``, and goes on with it in the layers
+    below. Nothing public tells; where the storage's holders can be explained, nobody else reads it.
+    """
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 3  # the tensor, the line above, and the caller's hook

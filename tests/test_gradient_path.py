@@ -418,6 +418,41 @@ def test_gradients_in_buffers_that_live_on(world: World, buffers: str, exchange:
     world.run(gradients_in_buffers_that_live_on, buffers, exchange)
 
 
+class Tables(torch.nn.Module):
+    """Their gradients, and that of what ``below`` makes, are one tensor to autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = torch.nn.Parameter(torch.ones(40))
+        self.rows = torch.nn.Parameter(torch.zeros(40))
+        self.columns = torch.nn.Parameter(torch.zeros(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.below * x)[None] + (self.rows[None] + self.columns[None])).square().sum()
+
+
+def gradients_of_one_storage(exchange: str) -> None:
+    model, alone = Tables(), Tables()
+    _, optimizer = wrap(model, k=40, exchange=exchange, nodes=range(2) if exchange == "hierarchical" else None)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(gradient((40,), hvd.rank(), step)).backward()
+        optimizer.synchronize()
+        alone.load_state_dict(model.state_dict())
+        alone.zero_grad()
+        (sum(alone(gradient((40,), r, step)) for r in range(2)) / 2).backward()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("exchange", ["allgather", "hierarchical", "reduce_scatter", "auto"])
+def test_gradients_of_one_storage(world: World, exchange: str) -> None:
+    world.run(gradients_of_one_storage, exchange)
+
+
 def frozen_later(forgets: bool) -> None:
     model = Vectors(SHAPES)
     compression, optimizer = wrap(model)
