@@ -192,7 +192,8 @@ class GradientCompressor(Compressor):
         if self._reducer is None:
             raise RuntimeError(
                 "the compressor does not know the parameters, and Horovod does not tell it their names: give "
-                "named_parameters=model.named_parameters() to Compression.… as well as to hvd.DistributedOptimizer"
+                "named_parameters=model.named_parameters() to Compression.… as well as to hvd.DistributedOptimizer. "
+                "Tensors that are no gradients (hvd.allreduce) take Compression.none or .fp16"
             )
         return self._reducer
 
@@ -219,7 +220,8 @@ class GradientCompressor(Compressor):
         raise RuntimeError(
             f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._parameters)} parameters "
             "that this compressor knows: give the same named_parameters to Compression.… and to "
-            "hvd.DistributedOptimizer, and make a new compressor and optimizer after changing the model"
+            "hvd.DistributedOptimizer, and make a new compressor and optimizer after changing the model. Tensors "
+            "that are no gradients (hvd.allreduce) take Compression.none or .fp16"
         )
 
     def _exchange(self, ticket: Tensor) -> None:

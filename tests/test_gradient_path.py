@@ -804,6 +804,13 @@ def refuses_strangers() -> None:
     del optimizer
 
 
+def refuses_what_is_no_gradient() -> None:
+    compression, _optimizer = wrap(Vectors(SHAPES))
+    for compressor in (compression, Compression.topk(k=5)):
+        with pytest.raises(RuntimeError, match=r"hvd\.allreduce\) take Compression\.none or \.fp16"):
+            hvd.allreduce(torch.ones(40), compression=compressor)
+
+
 def refuses_sparse_in_groups() -> None:
     model = WithEmbedding()
     _, optimizer = wrap(model, hvd_groups=1)
@@ -821,6 +828,7 @@ def refuses_sparse_in_groups() -> None:
         refuses_unbound,
         unbound_with_sparse_gradients_only,
         refuses_strangers,
+        refuses_what_is_no_gradient,
         refuses_sparse_in_groups,
     ],
 )
@@ -843,6 +851,8 @@ def test_it_is_a_compressor_of_horovods() -> None:
         ({"k": 1, "memory": "residul"}, ValueError, "did you mean 'residual'"),
         ({"k": 1, "dense_below": -1}, ValueError, "dense_below"),
         ({"k": 1, "timeout": 0}, ValueError, "timeout"),
+        ({"k": 1, "seed": 2.5}, ValueError, "seed"),
+        ({"k": 1, "seed": 2**63}, ValueError, "seed"),
         ({"k": 1, "bogus": 1}, TypeError, "bogus"),
         ({"k": 1, "named_parameters": []}, ValueError, "empty"),
         ({"k": 1, "named_parameters": [torch.zeros(1)]}, TypeError, "pairs"),
