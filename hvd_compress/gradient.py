@@ -169,7 +169,9 @@ class GradientCompressor(Compressor):
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
         else:
-            reducer.add(name, tensor.clone() if _may_have_readers(tensor) else tensor)
+            if _may_have_readers(tensor):
+                tensor.set_(tensor.clone())  # so that the old storage is free once they have read it
+            reducer.add(name, tensor)
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
