@@ -170,7 +170,7 @@ class GradientCompressor(Compressor):
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
         else:
             if _may_have_readers(tensor):
-                tensor.set_(tensor.clone())  # so that the old storage is free once they have read it
+                tensor.set_(tensor.clone())  # type: ignore[call-overload]  # frees the old one once it is read
             reducer.add(name, tensor)
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
