@@ -169,6 +169,8 @@ class GradientCompressor(Compressor):
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
         else:
+            if _may_have_readers(tensor):
+                tensor.set_(tensor.clone())  # type: ignore[call-overload]  # frees the old one once it is read
             reducer.add(name, tensor)
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
@@ -192,7 +194,8 @@ class GradientCompressor(Compressor):
         if self._reducer is None:
             raise RuntimeError(
                 "the compressor does not know the parameters, and Horovod does not tell it their names: give "
-                "named_parameters=model.named_parameters() to Compression.… as well as to hvd.DistributedOptimizer"
+                "named_parameters=model.named_parameters() to Compression.… as well as to hvd.DistributedOptimizer. "
+                "Tensors that are no gradients (hvd.allreduce) take Compression.none or .fp16"
             )
         return self._reducer
 
@@ -219,7 +222,8 @@ class GradientCompressor(Compressor):
         raise RuntimeError(
             f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._parameters)} parameters "
             "that this compressor knows: give the same named_parameters to Compression.… and to "
-            "hvd.DistributedOptimizer, and make a new compressor and optimizer after changing the model"
+            "hvd.DistributedOptimizer, and make a new compressor and optimizer after changing the model. Tensors "
+            "that are no gradients (hvd.allreduce) take Compression.none or .fp16"
         )
 
     def _exchange(self, ticket: Tensor) -> None:
@@ -261,3 +265,13 @@ class GradientCompressor(Compressor):
             name, sent = self._sparse.pop()
             self.ledger.tensors[name].horovod += sent
             self.ledger.tensors[name].dense += sent  # plain Horovod sends the same
+
+
+def _may_have_readers(tensor: Tensor) -> bool:
+    """Whether somebody else may still read this gradient's storage.
+
+    Autograd gives one storage to both tables of ``rows[None] + columns[None]``, and goes on with it in the layers
+    below. Nothing public tells; where the storage's holders can be explained, nobody else reads it.
+    """
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 3  # the tensor, the line above, and the caller's hook

@@ -46,6 +46,8 @@ class Settings:
             raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")
         if not self.bucket_cap_mb > 0:
             raise ValueError(f"bucket_cap_mb must be a positive number of megabytes, got {self.bucket_cap_mb!r}")
+        if not isinstance(self.seed, int) or not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed must be an integer of 64 bits, sign included, got {self.seed!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
         if self.exchange not in EXCHANGES:

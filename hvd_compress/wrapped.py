@@ -14,7 +14,7 @@ from .membership import check_named_parameters
 
 
 class Wrapped(torch.optim.Optimizer):
-    """An optimizer whose ``param_groups`` and ``state`` are those of another one, which takes the local steps.
+    """An optimizer whose ``param_groups``, ``state`` and hooks are another one's, which takes the local steps.
 
     Args:
         optimizer: the other one; it is :attr:`optimizer`.
@@ -31,6 +31,7 @@ class Wrapped(torch.optim.Optimizer):
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
         self.optimizer = optimizer
+        vars(self).update({name: of for name, of in vars(optimizer).items() if name.endswith("_hooks")})
         self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
 
     @property
@@ -47,6 +48,14 @@ class Wrapped(torch.optim.Optimizer):
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
         """The wrapped optimizer's."""
         return self.optimizer.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Not possible.
+
+        Raises:
+            TypeError: always; torch's own would leave out the wrapped optimizer.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled, save its state_dict() instead")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not possible: the other ranks would not know.

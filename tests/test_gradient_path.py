@@ -418,6 +418,41 @@ def test_gradients_in_buffers_that_live_on(world: World, buffers: str, exchange:
     world.run(gradients_in_buffers_that_live_on, buffers, exchange)
 
 
+class Tables(torch.nn.Module):
+    """Their gradients, and that of what ``below`` makes, are one tensor to autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.below = torch.nn.Parameter(torch.ones(40))
+        self.rows = torch.nn.Parameter(torch.zeros(40))
+        self.columns = torch.nn.Parameter(torch.zeros(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.below * x)[None] + (self.rows[None] + self.columns[None])).square().sum()
+
+
+def gradients_of_one_storage(exchange: str) -> None:
+    model, alone = Tables(), Tables()
+    _, optimizer = wrap(model, k=40, exchange=exchange, nodes=range(2) if exchange == "hierarchical" else None)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(gradient((40,), hvd.rank(), step)).backward()
+        optimizer.synchronize()
+        alone.load_state_dict(model.state_dict())
+        alone.zero_grad()
+        (sum(alone(gradient((40,), r, step)) for r in range(2)) / 2).backward()
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("exchange", ["allgather", "hierarchical", "reduce_scatter", "auto"])
+def test_gradients_of_one_storage(world: World, exchange: str) -> None:
+    world.run(gradients_of_one_storage, exchange)
+
+
 def frozen_later(forgets: bool) -> None:
     model = Vectors(SHAPES)
     compression, optimizer = wrap(model)
@@ -769,6 +804,13 @@ def refuses_strangers() -> None:
     del optimizer
 
 
+def refuses_what_is_no_gradient() -> None:
+    compression, _optimizer = wrap(Vectors(SHAPES))
+    for compressor in (compression, Compression.topk(k=5)):
+        with pytest.raises(RuntimeError, match=r"hvd\.allreduce\) take Compression\.none or \.fp16"):
+            hvd.allreduce(torch.ones(40), compression=compressor)
+
+
 def refuses_sparse_in_groups() -> None:
     model = WithEmbedding()
     _, optimizer = wrap(model, hvd_groups=1)
@@ -786,6 +828,7 @@ def refuses_sparse_in_groups() -> None:
         refuses_unbound,
         unbound_with_sparse_gradients_only,
         refuses_strangers,
+        refuses_what_is_no_gradient,
         refuses_sparse_in_groups,
     ],
 )
@@ -808,6 +851,8 @@ def test_it_is_a_compressor_of_horovods() -> None:
         ({"k": 1, "memory": "residul"}, ValueError, "did you mean 'residual'"),
         ({"k": 1, "dense_below": -1}, ValueError, "dense_below"),
         ({"k": 1, "timeout": 0}, ValueError, "timeout"),
+        ({"k": 1, "seed": 2.5}, ValueError, "seed"),
+        ({"k": 1, "seed": 2**63}, ValueError, "seed"),
         ({"k": 1, "bogus": 1}, TypeError, "bogus"),
         ({"k": 1, "named_parameters": []}, ValueError, "empty"),
         ({"k": 1, "named_parameters": [torch.zeros(1)]}, TypeError, "pairs"),

@@ -956,3 +956,22 @@ def test_a_changed_model_needs_a_new_optimizer() -> None:
     model = Vectors(SHAPES)
     with pytest.raises(NotImplementedError, match="new QsparseLocalSGD"):
         wrap(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+
+
+def test_hooks_are_the_wrapped_optimizers() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    steps, states = [], []
+    optimizer.register_step_post_hook(lambda inner, *_: steps.append(inner))
+    optimizer.register_state_dict_post_hook(lambda inner, _: states.append(inner))
+    optimizer.step()
+    optimizer.state_dict()
+    assert steps == states == [optimizer.optimizer]
+
+
+def test_no_copies() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    with pytest.raises(TypeError, match=r"save its state_dict\(\) instead"):
+        copy.deepcopy(optimizer)
+    optimizer.step()
