@@ -198,6 +198,10 @@ class Sandbox:
         if wait:
             self._until(30, self._all_idle, name)
 
+    def is_around(self) -> bool:
+        """Whether this process was started in it, by :meth:`command`: process ids in there are others."""
+        return os.environ.get("SLURM_CONF") == str(self._conf)
+
     @property
     def _conf(self) -> Path:
         return self.directory / "etc" / "slurm.conf"
@@ -437,6 +441,8 @@ def main() -> None:
     commands.add_parser("exec", help="run a command on it").add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     sandbox = Sandbox(args.directory, nodes=args.nodes)
+    if sandbox.is_around() and args.command != "packages":
+        sys.exit("error: this is a shell in the sandbox, from where its processes are not seen: exit")
     try:
         if args.command == "packages":
             print(PACKAGES)

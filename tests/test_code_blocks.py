@@ -3,8 +3,8 @@
 What is done with a block follows from the language behind its fence:
 
 - ``python``: the blocks of a document are one script, which two ranks run.
-- ``sh``: so are these, in a copy of the project. :data:`CHANGED` makes commands short or harmless, :data:`NOT_RUN`
-  has those that are left out, and why.
+- ``sh``: so are these, in a copy of the project; those for Slurm on a cluster. :data:`CHANGED` makes commands short
+  or harmless, :data:`NOT_RUN` has those that are left out, and why.
 - ``text``: what commands of that document print; numbers may differ. :data:`DRAWINGS` are no output.
 - ``diff``: compared with an example in ``test_documentation.py``.
 - in braces: run by Sphinx, ``make docs``.
@@ -18,14 +18,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from documents import DOCUMENTS, ROOT, blocks, commands
+from documents import DOCUMENTS, ROOT, Block, blocks, commands
 from PIL import Image
+from sandbox import DIRECTORY, Sandbox
 from test_report import COMPRESSED, PLAIN, write
 from world import World, environment, launch, mpirun_command
 
@@ -35,44 +36,59 @@ NOT_RUN = {
     "mpirun -np 8": "needs two machines with GPUs, and ImageNet",
     "python3 scripts/gently.py mpirun -np 8": "the same; test_pipeline.py::test_ctrl_c_lets_the_ranks_save does it",
     "module load": "is a cluster's",
-    "git clone": "whoever reads this has done it",
+    "git clone": "whoever reads this has done it, and may have no git",
     "apt-get install": "installs Slurm",
     "pip install": "changes the environment; `make env` does the same",
     "python scripts/build_horovod.py": "builds Horovod; `make env` does it",
-    "rm -rf": "removes the cache of Horovod's wheels",
-    "exit": "ends the sandbox's shell",
-    "python3 slurm/sandbox.py": "needs root and Slurm; all of test_cluster.py runs on this sandbox",
-    "python slurm/submit.py status": "needs Slurm; test_cluster.py::test_cancel",
-    "python slurm/submit.py logs": "needs Slurm; test_cluster.py::test_cancel",
-    "python slurm/submit.py cancel": "needs Slurm; test_cluster.py::test_cancel",
-    "python slurm/submit.py collect": "needs Slurm; test_cluster.py::test_sweep",
-    "horovodrun": "needs several hosts; test_elastic.py::test_a_rank_comes_one_goes_and_one_dies has them pretended",
     "python examples/papers/qsparse.py --data": "half an hour; test_papers.py::test_short_form_of_an_experiment",
     "python examples/papers/adaptive.py --data": "ten minutes; test_papers.py::test_short_form_of_an_experiment",
     "python examples/papers/truncated.py --data": "ten minutes; test_papers.py::test_short_form_of_an_experiment",
     "mpirun -np 2 python examples/quickstart.py": "docs/quickstart.md runs it",
-    "mpirun -np 2 python examples/local_steps.py": "test_examples.py::test_local_steps, on ranks that are there",
-    "mpirun -np 2 python examples/custom_compressor.py": "test_examples.py::test_custom_compressor, likewise",
-    "mpirun -np 2 python examples/cnn.py": "test_examples.py::test_cnn, likewise and shorter",
-    "mpirun -np 2 python examples/masked_words.py": "test_examples.py::test_masked_words, likewise and shorter",
-    "mpirun -np 2 python examples/every_compressor.py": "test_examples.py::test_every_compressor, shorter",
-    "mpirun -np 4 python benchmarks/straggler.py": "takes minutes; test_async.py::test_the_straggler_benchmark_runs",
-    "mpirun -np 4 python benchmarks/soak.py": "takes minutes; test_soak.py::test_a_short_soak",
+    "mpirun -np 2 python examples/cnn.py": "test_examples.py::test_cnn, on ranks that are there and shorter",
+    "mpirun -np 2 python examples/every_compressor.py": "test_examples.py::test_every_compressor, likewise",
+    ".venv/bin/hvd-compress advise --mpirun": "needs two machines; test_advise.py::test_two_machines_and_a_slow_link",
     "sudo": "needs root and minutes; test_advise.py::test_two_machines_and_a_slow_link makes a network in this way",
-    ".venv/bin/hvd-compress advise": "takes minutes; test_advise.py::test_a_short_job",
-    ".venv/bin/python -m pytest": "takes a quarter of an hour; "
-    "test_wire.py::test_mutated_messages_raise_or_decode_within_bounds is that test",
 }
 """Beginnings of commands, and what keeps them from being run here; with the test that does so, if there is one."""
 
 CHANGED = {
     r"^make ": "make --dry-run ",
-    r"(submit\.py (sweep \S+ )?--profile \S+)": r"\1 --dry-run",
     r"/path/to/imagenet": "images",
     r"paper torchvision short": "short",
     r"--recipe \$recipe": "--recipe $recipe --arch resnet18",
+    r"masked_words\.py.*": r"\g<0> --steps 10 --words 1000",
+    r"-np 4 python benchmarks/soak\.py": "-np 2 python benchmarks/soak.py --steps 20",
+    r"-np 4 python benchmarks/straggler\.py": "-np 2 python benchmarks/straggler.py --steps 8 --seconds 0.01",
+    r"advise --model resnet50 --batch-size 64": "advise --model squeezenet1_1 --batch-size 2 --image-size 64",
+    r"--hypothesis-profile=fuzz": r"\g<0> --collect-only",
+    r"horovodrun -np 4": "horovodrun --network-interface lo -np 2",  # a single host
 }
 """What commands are made of before they run, as regular expressions."""
+
+ON_SLURM = [
+    "python3 slurm/sandbox.py",
+    "python slurm/submit.py status",
+    "python slurm/submit.py logs",
+    "python slurm/submit.py cancel",
+    "python slurm/submit.py collect",
+    "exit",
+]
+"""Beginnings of commands that only :func:`test_commands_on_slurm` runs."""
+
+CHANGED_THERE = {
+    r"--profile gpu": r"\g<0> --dry-run",
+    r"cp slurm/clusters/gpu.yaml": "sed 's/ranks_per_node: 2/ranks_per_node: 1/' slurm/clusters/sandbox.yaml >",
+    r"imagenet_resnet50\.py .*": r"\g<0> --arch resnet18 --epochs 1 --limit-train-batches 1 --batch-size 2 "
+    "--image-size 32 --eval-size 32 --workers 0",
+    r"examples/sweep\.yaml": "<(echo 'seed: [0, 1]')",
+    r"logs 1234": "logs 2",
+    r"^(python slurm/submit\.py) cancel 1234": r"\1 --profile mine -- train.py; \1 cancel 3",
+    r"exec -- bash": r"\g<0> -eux",
+    r"^exit": "python slurm/submit.py status; exit",
+}
+"""More changes for it, since Slurm's numbers begin with 1. And elsewhere:"""
+
+CHANGED_ELSEWHERE = {r"(submit\.py (sweep \S+ )?--profile \S+)": r"\1 --dry-run"}
 
 DRAWINGS = {"docs/how-it-works.md": "rank r, at its", "docs/install.md": "~/.cache/hvd-compress/"}
 """Beginnings of ``text`` that no command prints."""
@@ -150,27 +166,30 @@ def test_python_that_makes_process_sets() -> None:
 # -------------------------------------------------------------------------------------------------------- commands
 
 
-def reason(command: str) -> str | None:
-    """Why a command is not run."""
-    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+def starts(command: str, beginnings: Iterable[str]) -> bool:
+    return any(command.strip().startswith(beginning) for beginning in beginnings)
 
 
-@cache
-def shell_script(document: str) -> str:
-    lines = [line for block in blocks(document, "sh") for line in commands(block) if not reason(line.strip())]
-    text = "\n".join(lines)
-    for pattern, replacement in CHANGED.items():
+def to_run(parts: list[Block], left_out: Iterable[str], changed: Mapping[str, str]) -> str:
+    """The commands of blocks as they are run."""
+    text = "\n".join(line for block in parts for line in commands(block) if not starts(line, left_out))
+    for pattern, replacement in {**CHANGED, **changed}.items():
         text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text
 
 
+@cache
+def shell_script(document: str) -> str:
+    return to_run(blocks(document, "sh"), [*NOT_RUN, *ON_SLURM], CHANGED_ELSEWHERE)
+
+
 @pytest.fixture(scope="module")
 def project() -> Iterator[Path]:
-    """A copy to write into, with an ``mpirun`` for this machine, a script, three runs and four images."""
+    """A copy to write into, with an ``mpirun`` for this machine, a script, three runs, 16 images and one host."""
     with TemporaryDirectory(prefix="hvd-compress-documents-") as directory:
         copy = Path(directory)
         for path in ROOT.iterdir():
-            if path.is_file():
+            if path.is_file() and path.name != ".git":  # of a worktree: git would work on the original
                 shutil.copy(path, copy)
         for name in ("benchmarks", "docs", "examples", "scripts", "slurm", "tests"):
             shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -185,37 +204,83 @@ def project() -> Iterator[Path]:
             write(copy / "runs" / name, records)
         for part in ("train/cat", "train/dog", "val/cat", "val/dog"):
             (copy / "images" / part).mkdir(parents=True)
-            Image.new("RGB", (40, 40), "red").save(copy / "images" / part / "0.png")
+            for number in range(4):
+                Image.new("RGB", (40, 40), "red").save(copy / "images" / part / f"{number}.png")
+        (copy / "home" / ".cache" / "hvd-compress").mkdir(parents=True)
+        (copy / "hosts.sh").write_text("#!/bin/sh\necho localhost:2\n")
+        (copy / "hosts.sh").chmod(0o755)
         yield copy
+
+
+def bash(project: Path, *arguments: str, typed: str = "", **variables: str) -> str:
+    """What it prints in the copy, with a home of its own."""
+    path = os.pathsep.join([str(project / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    own = {"PATH": path, "PYTHONPATH": str(ROOT), "HOME": str(project / "home")}
+    ended = subprocess.run(
+        ["bash", "-euxo", "pipefail", *arguments],
+        cwd=project,
+        env={**environment(), **own, **variables},
+        input=typed,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+    assert ended.returncode == 0, ended.stdout
+    return ended.stdout
 
 
 @pytest.fixture(scope="module")
 def printed(project: Path) -> Callable[[str], str]:
     """What the commands of a document print, which run once."""
-    path = os.pathsep.join([str(project / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    variables = {**environment(), "PATH": path, "PYTHONPATH": str(ROOT)}
-
-    @cache
-    def run(document: str) -> str:
-        ended = subprocess.run(
-            ["bash", "-euxo", "pipefail", "-c", shell_script(document)],
-            cwd=project,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=180,
-        )
-        assert ended.returncode == 0, ended.stdout
-        return ended.stdout
-
-    return run
+    return cache(lambda document: bash(project, "-c", shell_script(document)))
 
 
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if shell_script(document)])
 def test_commands(printed: Callable[[str], str], document: str) -> None:
     printed(document)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("document", "followed", "states"),
+    [
+        ("README.md", {"1": "2"}, {"1": "COMPLETED", "2_0": "COMPLETED", "2_1": "COMPLETED"}),
+        (
+            "docs/slurm.md",
+            {"1": "2", "2": "4"},
+            {"1": "COMPLETED", "2": "COMPLETED", "3": "CANCELLED", "4_0": "COMPLETED", "4_1": "COMPLETED"},
+        ),
+    ],
+)
+def test_commands_on_slurm(
+    project: Path, tmp_path: Path, document: str, followed: dict[str, str], states: dict[str, str]
+) -> None:
+    """Typed: one block makes a cluster and has a shell on it, which gets the commands of all others.
+
+    Args:
+        followed: jobs whose logs are printed, and how many ranks the logs say.
+        states: of all jobs, at the end.
+    """
+    fresh = shutil.copytree(project, tmp_path / "fresh", symlinks=True, ignore=shutil.ignore_patterns("runs"))
+    (making,) = (block for block in blocks(document, "sh") if "sandbox.py start" in block.text)
+    others = "".join(block.text for block in blocks(document, "sh") if block != making)
+    all_of_it = making._replace(text=re.sub(r".*exec -- bash.*\n", lambda shell: shell[0] + others, making.text))
+    with TemporaryDirectory(prefix="hvd-compress-") as directory:
+        try:
+            text = bash(fresh, typed=to_run([all_of_it], NOT_RUN, CHANGED_THERE), TMPDIR=directory)
+        finally:
+            Sandbox(Path(directory) / DIRECTORY.name).stop()
+    *_, status = text.split("submit.py status\n")
+    assert dict(re.findall(r"^│ (\d\S*) +│ \S+ +│ (\w+)", status, flags=re.MULTILINE)) == states, text
+    assert dict(re.findall(r"^Job (\d), (\d) ranks, restarted 0 times$", text, flags=re.MULTILINE)) == followed, text
+    assert "Finished runs" in text
+    assert "Picture: runs/sweep/accuracy-vs-megabytes.png" in text
+
+
+def test_uninstalling_leaves_no_cache(project: Path, printed: Callable[[str], str]) -> None:
+    printed("docs/install.md")
+    assert [*(project / "home" / ".cache").glob("hvd-compress")] == []
 
 
 def shapes(text: str) -> set[str]:
@@ -252,10 +317,10 @@ def test_the_table_of_bytes_is_what_its_command_prints(printed: Callable[[str], 
 
 def test_what_is_left_out_or_changed_is_there() -> None:
     lines = [line.strip() for document in DOCUMENTS for block in blocks(document, "sh") for line in commands(block)]
-    for start in NOT_RUN:
-        assert any(line.startswith(start) for line in lines), start
-    for pattern in CHANGED:
-        assert any(re.search(pattern, line) for line in lines if not reason(line)), pattern
+    for start in [*NOT_RUN, *ON_SLURM]:
+        assert any(starts(line, [start]) for line in lines), start
+    for pattern in {**CHANGED, **CHANGED_THERE, **CHANGED_ELSEWHERE}:
+        assert any(re.search(pattern, line) for line in lines if not starts(line, NOT_RUN)), pattern
     for document, start in DRAWINGS.items():
         assert any(block.text.startswith(start) for block in blocks(document, "text")), document
     tests = {path.name: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}

@@ -253,6 +253,17 @@ def test_time_out(cluster: Cluster, timed_out: str, uninterrupted: dict[str, Any
     assert result["digest"] == uninterrupted["digest"]
 
 
+def test_a_shell_inside_is_told_to_exit(cluster: Cluster) -> None:
+    """It does not see the nodes' processes, so `stop` would forget them and leave them running."""
+    script = [sys.executable, str(ROOT / "slurm" / "sandbox.py"), f"--directory={cluster.sandbox.directory}", "stop"]
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        cluster.sandbox.run(*script)
+    assert (
+        refused.value.stderr == "error: this is a shell in the sandbox, from where its processes are not seen: exit\n"
+    )
+    assert cluster.sandbox.run("hostname") == "ctl\n"
+
+
 def test_nothing_is_left() -> None:
     """After a stop, and after the end of the process that started it."""
     script = (
