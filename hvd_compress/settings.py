@@ -58,12 +58,11 @@ class Settings:
             raise TypeError(f"node_process_set must be one of Horovod's, got {self.node_process_set!r}")
         if not self.reselect > 0:
             raise ValueError(f"reselect must be positive, got {self.reselect!r}")
-        self._check_feedback()
+        self._check_feedback(self.memory())  # which refuses settings of its own
 
-    def _check_feedback(self) -> None:
+    def _check_feedback(self, memory: Memory) -> None:
         if not isinstance(self.operator, Quantizer | Composed):
             return
-        memory = self.memory()
         error = typical_error(self.operator) if memory.feeds_back else 0.0
         if error >= 1:
             raise ValueError(

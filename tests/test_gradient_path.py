@@ -864,6 +864,11 @@ def test_bad_settings(arguments: dict, error: type[Exception], text: str) -> Non
         Compression.topk(**arguments)
 
 
+def test_bad_settings_of_a_memory_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="momentum"):
+        Compression.dgc(ratio=0.1, momentum=-1)
+
+
 def test_by_name() -> None:
     assert Compression.by_name("none") is hvd.Compression.none
     assert Compression.by_name("topk", k=3).settings.operator.k == 3  # type: ignore[union-attr]
