@@ -208,7 +208,7 @@ def disagree(kind: str) -> str:
         shapes["b"] = (41,)
     if kind == "extra" and last:
         shapes["c"] = (5,)
-    model = Vectors(shapes)
+    model = Vectors(shapes, torch.float64 if kind == "dtype" and last else torch.float32)
     settings = {"k": 4 if kind == "setting" and last else 3, "dense_below": 10 if kind == "dense" and last else 0}
     compression = Compression.topk(**settings, named_parameters=model.named_parameters())
     optimizer = wrap(model, compression)
@@ -225,6 +225,7 @@ def disagree(kind: str) -> str:
     [
         ("shape", ["tensor b of shape (40,)", "tensor b of shape (41,)"]),
         ("extra", ["(nothing)", "tensor c of shape (5,)"]),
+        ("dtype", ["gradient of a in torch.float32", "gradient of a in torch.float64"]),
         ("setting", ["k=3", "k=4"]),
         ("dense", ["dense_below=0", "dense_below=10"]),
     ],
