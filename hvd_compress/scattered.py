@@ -134,7 +134,8 @@ class ScatteredReducer(Sender):
             packets, failure = self._scatter(messages, regions, step, failure, overflow_elsewhere)
             flagged = [p.overflow for p in packets]
             results, rests = self._gather(pending, regions, packets, step, failure)
-            overflow = self._agree(self._overflow(flagged, results, regions))
+            with self._alone():
+                overflow = self._agree(self._overflow(flagged, results, regions))
         except BaseException:
             self._rollback(pending)
             raise
@@ -269,10 +270,11 @@ class ScatteredReducer(Sender):
         if failure is not None:
             raise failure
         device = next(iter(pending.values())).flat.device if pending else torch.device("cpu")
-        gathered = [
-            self._opened(data, owner, [self._ids[p.name] for p in regions[owner]], regions[owner], step, device)
-            for owner, data in enumerate(received)
-        ]
+        with self._alone():
+            gathered = [
+                self._opened(data, owner, [self._ids[p.name] for p in regions[owner]], regions[owner], step, device)
+                for owner, data in enumerate(received)
+            ]
         self._check_failures(gathered)
         return [packet.messages for packet in gathered], rests
 
