@@ -176,8 +176,7 @@ class GradientCompressor(Compressor):
 
     def _expects(self) -> str:
         """Of the other ranks. Sums in two dtypes would be two sums."""
-        dtypes = [f"gradient of {name} in {p.dtype}" for name, p in (self._parameters or {}).items()]
-        return "\n".join(["gradient path", *dtypes])
+        return f"gradient path in {', '.join(sorted({str(p.dtype) for p in (self._parameters or {}).values()}))}"
 
     def _ticket(self, device: torch.device) -> Tensor:
         """One on each rank, and one on the first rank only: what becomes of them tells Horovod's operation."""

@@ -225,7 +225,7 @@ def disagree(kind: str) -> str:
     [
         ("shape", ["tensor b of shape (40,)", "tensor b of shape (41,)"]),
         ("extra", ["(nothing)", "tensor c of shape (5,)"]),
-        ("dtype", ["gradient of a in torch.float32", "gradient of a in torch.float64"]),
+        ("dtype", ["gradient path in torch.float32", "gradient path in torch.float64"]),
         ("setting", ["k=3", "k=4"]),
         ("dense", ["dense_below=0", "dense_below=10"]),
     ],
