@@ -91,7 +91,10 @@ class RunDirectory:
 
     def _replace(self, name: str, write: Callable[[Path], Any]) -> None:
         draft = self.path / f".{name}.partial"
-        write(draft)
+        try:
+            write(draft)
+        except RuntimeError as error:  # torch's, which does not say why
+            raise OSError(f"{draft} cannot be written, is the disk full? {error}") from error
         with draft.open("rb") as written:
             os.fsync(written.fileno())
         draft.replace(self.path / name)

@@ -187,10 +187,15 @@ class Checkpoints:
 
     def _write(self, file: Path, step: int, state: Mapping[str, Any]) -> None:
         content = {"format": _FORMAT, "step": step, "rank": self._rank, "size": self._size, "state": dict(state)}
-        with file.open("wb") as opened:
-            torch.save(content, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
+        try:
+            with file.open("wb") as opened:
+                torch.save(content, opened)
+                opened.flush()
+                os.fsync(opened.fileno())
+        except Exception as error:
+            # Of a full disk torch says what it had expected where in the file, after Python has said why.
+            why = next((e for e in (error, error.__context__) if isinstance(e, OSError)), error)
+            raise OSError(f"{file} cannot be written ({type(why).__name__}: {why})") from error
 
     def _complete(self, partial: Path, final: Path) -> None:
         missing = [rank for rank in range(self._size) if not (partial / _file(rank)).is_file()]

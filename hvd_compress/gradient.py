@@ -153,7 +153,7 @@ class GradientCompressor(Compressor):
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
             by, ranks = link(self.settings.process_set, self.settings.communicator)
-            reducer.open(by, ranks, "gradient path", self.settings.timeout)
+            reducer.open(by, ranks, self._expects(), self.settings.timeout)
         scaler = self.settings.grad_scaler
         if scaler is not None and not self._submitted:  # once a step, since it waits for the GPU
             self._scale = scaler.get_scale()
@@ -175,6 +175,10 @@ class GradientCompressor(Compressor):
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
+
+    def _expects(self) -> str:
+        """Of the other ranks. Sums in two dtypes would be two sums."""
+        return f"gradient path in {', '.join(sorted({str(p.dtype) for p in (self._parameters or {}).values()}))}"
 
     def _ticket(self, device: torch.device) -> Tensor:
         """One on each rank, and one on the first rank only: what becomes of them tells Horovod's operation."""

@@ -244,7 +244,7 @@ class HierarchicalReducer(Member):
             sums = self._make_room(pending, parts)
         except Exception as error:
             failure = failure or error
-        failure, overflow_elsewhere = self._agree_to_start(list(pending), step, failure, overflow_elsewhere)
+        failure, overflow_elsewhere = self._agree_to_start(pending, step, failure, overflow_elsewhere)
         if failure is None:
             for dtype, its in parts.items():
                 self._node.sum_at_owners(its, [flat for flat in sums.values() if flat.dtype == dtype])
@@ -335,20 +335,22 @@ class HierarchicalReducer(Member):
     # What the ranks of a node tell each other
 
     def _agree_to_start(
-        self, names: list[str], step: int, failure: Exception | None, overflow_elsewhere: bool
+        self, pending: Mapping[str, Tensor], step: int, failure: Exception | None, overflow_elsewhere: bool
     ) -> tuple[Exception | None, bool]:
         """Why the node cannot send, if so, and whether one of its ranks has met an overflow elsewhere."""
-        ids = [self._ids[name] for name in names]
+        # With their dtypes: MPI would write more bytes than there is room for.
+        mine = [[self._ids[name], str(flat.dtype)] for name, flat in pending.items()]
         text = None if failure is None else _text(failure)
-        told = self._exchange({"step": step, "ids": ids, "overflow": overflow_elsewhere, "failure": text}, _START)
+        told = self._exchange({"step": step, "sent": mine, "overflow": overflow_elsewhere, "failure": text}, _START)
         failure = failure or self._peer_error(told)
         for rank, its in zip(self._called, told, strict=True):
             if failure is None and its["step"] != step:
                 failure = RankMismatchError(f"rank {rank} exchanges at step {its['step']}, this rank at step {step}")
-        sets = [{*its["ids"]} for its in told]
-        different = set.union(*sets) - set.intersection(*sets)
+        sets = [{(id, dtype) for id, dtype in its["sent"]} for its in told]
+        different = sets[0].union(*sets) - sets[0].intersection(*sets)
         if failure is None and different:
-            which = ", ".join(name for name, id in self._ids.items() if id in different)
+            ids = {id for id, _ in different}
+            which = ", ".join(name for name, id in self._ids.items() if id in ids)
             failure = RankMismatchError(f"the ranks do not send the same tensors: {which}")
         return failure, any(its["overflow"] for its in told)
 

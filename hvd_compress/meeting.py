@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from . import wire
-from .errors import RankMismatchError
+from .errors import PeerError, RankMismatchError, WireError
 from .horovod_exchange import HorovodExchange
 from .memory import Memory
 from .operators import Operator
@@ -57,11 +57,13 @@ class Member:
     def _alone(self) -> Iterator[None]:
         """A context for what comes after the others were told that all is well.
 
-        What fails there leaves this rank half changed. It raises here, and in all exchanges from then on, on all
-        ranks, until a state is loaded.
+        What fails there, but for what all ranks find wrong alike, leaves this rank half changed. It raises here, and
+        in all exchanges from then on, on all ranks, until a state is loaded.
         """
         try:
             yield
+        except (PeerError, RankMismatchError, WireError):
+            raise
         except BaseException as error:
             self._failure = self._spoilt = RuntimeError(
                 f"an earlier exchange failed on this rank alone ({type(error).__name__}: {error}), and it differs "

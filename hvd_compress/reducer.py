@@ -71,7 +71,8 @@ class Reducer(Sender):
     departed; the last one with :meth:`reduce`. Which tensors share a bucket changes no bit of the sums.
 
     Whatever fails on one rank, in an operator for instance, raises on all of them, and no memory changes. What fails
-    after all messages have come, as sums are made, raises on that rank only, and on all in the next exchange.
+    after all messages have come, as they are opened and summed, raises on that rank only, and on all in the next
+    exchange.
 
     Args:
         shapes: see :class:`Sender`, as for the other arguments.
@@ -198,8 +199,10 @@ class Reducer(Sender):
         self._gone.clear()
         try:
             arrived = self._arrive(departed, failure)
-            gathered = _gather(departed, arrived)
-            overflow = self._agree(_overflow(self._called, arrived, gathered))
+            with self._alone():
+                gathered = _gather(departed, arrived)
+                overflow = _overflow(self._called, arrived, gathered)
+            overflow = self._agree(overflow)
         except BaseException:
             self._rollback(pending)
             raise
@@ -304,7 +307,8 @@ class Reducer(Sender):
         """What has become of the buckets, if all of them are as they should be."""
         assert self._exchange is not None, "open() comes first"
         try:
-            with self._ledger.timed("exchange"):
+            with self._ledger.timed("exchange"), self._alone():
+                wait(bucket.arrival for bucket in departed)  # whatever becomes of the first of them
                 arrived = [bucket.arrival.result() for bucket in departed]
         finally:
             if self._watch is not None:
@@ -373,7 +377,7 @@ def _travel(
     try:
         for rank, data in zip(called, exchange.allgatherv(buffer, place), strict=True):
             packets.append(_open(rank, data, device, table))  # its own too: all ranks judge the same bytes
-    except Exception as caught:
+    except (WireError, OverflowError) as caught:  # what else goes wrong does so on this rank alone
         error = error or caught
     return _Arrived(shares, exchange.sent - sent_before, packets, error)
 

@@ -130,11 +130,16 @@ class ScatteredReducer(Sender):
         pending, messages, failure = self._take()
         sent_before = self._exchange.sent
         try:
-            regions, kept = self._agree_on_regions(*(({}, {}) if failure else (pending, messages)))
+            try:
+                proposal = self._proposal(*(({}, {}) if failure else (pending, messages)))
+            except Exception as error:
+                failure, proposal = error, self._proposal({}, {})
+            regions, kept = self._agree_on_regions(*proposal)
             packets, failure = self._scatter(messages, regions, step, failure, overflow_elsewhere)
             flagged = [p.overflow for p in packets]
             results, rests = self._gather(pending, regions, packets, step, failure)
-            overflow = self._agree(self._overflow(flagged, results, regions))
+            with self._alone():
+                overflow = self._agree(self._overflow(flagged, results, regions))
         except BaseException:
             self._rollback(pending)
             raise
@@ -164,20 +169,23 @@ class ScatteredReducer(Sender):
     def _receive(self, name: str, total: Tensor) -> Tensor:
         return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
 
-    def _agree_on_regions(
+    def _proposal(
         self, pending: Mapping[str, Pending], messages: Mapping[str, Message]
-    ) -> tuple[list[list[Piece]], int]:
-        """Each rank's pieces of the tensors, and how many compressed elements the rank has kept that kept most."""
-        assert self._exchange is not None
+    ) -> tuple[dict[str, int], np.ndarray]:
+        """The tensors' sizes, where this rank would divide them, and how many compressed elements it has kept."""
         counts = [len(message.values) for message in messages.values()]
         kept = np.zeros(self.size, np.int64)
         kept[self.rank] = sum(n for n, p in zip(counts, pending.values(), strict=True) if p.compressed)
         sizes = {name: message.numel for name, message in messages.items()}
-        total = sum(sizes.values())
         ends = equal_parts([*messages.values()], self.size) if sum(counts) else None
-        proposal = np.array((ends or even_ends(total, self.size))[:-1], np.int64)
+        return sizes, np.array([*(ends or even_ends(sum(sizes.values()), self.size))[:-1], *kept], np.int64)
+
+    def _agree_on_regions(self, sizes: Mapping[str, int], proposal: np.ndarray) -> tuple[list[list[Piece]], int]:
+        """Each rank's pieces of the tensors, and how many compressed elements the rank has kept that kept most."""
+        assert self._exchange is not None
         with self._ledger.timed("exchange"):
-            agreed = self._exchange.sum(np.concatenate([proposal, kept]))
+            agreed = self._exchange.sum(proposal)
+        total = sum(sizes.values())
         ends = [min(int(end) // self.size, total) for end in agreed[: self.size - 1]] + [total]
         return cut(sizes, ends), int(agreed[self.size - 1 :].max())
 
@@ -269,10 +277,11 @@ class ScatteredReducer(Sender):
         if failure is not None:
             raise failure
         device = next(iter(pending.values())).flat.device if pending else torch.device("cpu")
-        gathered = [
-            self._opened(data, owner, [self._ids[p.name] for p in regions[owner]], regions[owner], step, device)
-            for owner, data in enumerate(received)
-        ]
+        with self._alone():
+            gathered = [
+                self._opened(data, owner, [self._ids[p.name] for p in regions[owner]], regions[owner], step, device)
+                for owner, data in enumerate(received)
+            ]
         self._check_failures(gathered)
         return [packet.messages for packet in gathered], rests
 

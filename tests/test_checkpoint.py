@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import os
 import random
 import signal
@@ -319,6 +320,28 @@ class TestKills:
                 assert "cannot be deleted" in caplog.text
         checkpoints.save(4, {"w": 4})
         assert os.listdir(tmp_path) == ["step-0000000004"]
+
+    def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torch's own error is about positions in the file."""
+
+        class Full(io.FileIO):
+            def write(self, data: Any) -> int:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        hvd.init()
+        monkeypatch.syspath_prepend(EXAMPLES)
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(1, {"w": 1})
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", lambda path, mode: Full(path, mode))
+            with pytest.raises(OSError, match=r"rank-00000.pt cannot be written .*No space left on device"):
+                checkpoints.save(2, {"w": torch.ones(1000)})
+        saved = checkpoints.load()
+        assert saved is not None
+        assert saved.step == 1
+        run_directory = importlib.import_module("run_directory")
+        with pytest.raises(OSError, match=r"\.last\.pt\.partial cannot be written, is the disk full\?"):
+            run_directory.RunDirectory(tmp_path)._replace("last.pt", lambda _: torch.save({}, "/dev/full"))
 
     def test_killed_while_saving(self, tmp_path: Path) -> None:
         """Real kills of two ranks that do nothing but save. What they start from was verified by themselves."""

@@ -208,7 +208,7 @@ def disagree(kind: str) -> str:
         shapes["b"] = (41,)
     if kind == "extra" and last:
         shapes["c"] = (5,)
-    model = Vectors(shapes)
+    model = Vectors(shapes, torch.float64 if kind == "dtype" and last else torch.float32)
     settings = {"k": 4 if kind == "setting" and last else 3, "dense_below": 10 if kind == "dense" and last else 0}
     compression = Compression.topk(**settings, named_parameters=model.named_parameters())
     optimizer = wrap(model, compression)
@@ -225,6 +225,7 @@ def disagree(kind: str) -> str:
     [
         ("shape", ["tensor b of shape (40,)", "tensor b of shape (41,)"]),
         ("extra", ["(nothing)", "tensor c of shape (5,)"]),
+        ("dtype", ["gradient path in torch.float32", "gradient path in torch.float64"]),
         ("setting", ["k=3", "k=4"]),
         ("dense", ["dense_below=0", "dense_below=10"]),
     ],
@@ -385,6 +386,10 @@ def one_operator_fails(path: str) -> None:
         with pytest.raises(PeerError, match=r"rank 1 failed: ArithmeticError: this one is too heavy"):
             step(1.0)
     assert all(torch.equal(before[n], m) for n, m in state()["memory"].items())
+    if path == "gradient":
+        optimizer.load_state_dict(optimizer.state_dict())  # Horovod's way to forget a step that was begun
+        step(1.0)
+        assert_replicas_identical(list(model.parameters()))
 
 
 @pytest.mark.ranks(2, 3)
@@ -558,6 +563,38 @@ def test_a_rank_that_does_not_come_ends_the_job(wrong: str, others: str, texts: 
     assert ended.returncode != 0
     assert "the end" not in ended.stdout
     assert all(text in ended.stdout for text in texts), ended.stdout
+
+
+def test_a_rank_that_failed_in_an_exchange_and_ended_is_not_waited_for() -> None:
+    """Before it took part: the others know nothing of that, and it has done as many exchanges as they have begun."""
+    no_room = """
+def no_room(*_): raise MemoryError('no room')
+if hvd.rank() == 1:
+    optimizer._average._reducer._exchange.allgatherv = no_room
+    try: step(); step()
+    except MemoryError: raise SystemExit
+step(); step()
+print('the end')
+"""
+    ended = launch(3, LOCAL + no_room)
+    assert ended.returncode != 0
+    assert "rank(s) 1 did not come to exchange 2" in ended.stdout, ended.stdout
+    assert "the end" not in ended.stdout
+
+
+def test_a_rank_that_ends_before_the_first_exchange() -> None:
+    """Horovod ends MPI on all ranks, under those who wait for it."""
+    ends = """
+if hvd.rank() == 0:
+    from mpi4py import MPI
+    for other in (1, 2): MPI.COMM_WORLD.Probe(other)  # has come
+    raise SystemExit
+step()
+"""
+    ended = launch(3, PREAMBLE + ends)
+    assert ended.returncode != 0
+    assert "PeerError: the program of another rank has ended" in ended.stdout, ended.stdout
+    assert "MPI_ERRORS_ARE_FATAL" not in ended.stdout
 
 
 @pytest.mark.parametrize(

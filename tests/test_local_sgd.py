@@ -356,7 +356,7 @@ def test_no_room_for_a_difference_on_one_rank(world: World, who: int) -> None:
 
 
 def fails_after_the_exchange(where: str, options: dict[str, Any]) -> None:
-    """On one rank, which has changed only half of what the others have, and would differ unnoticed."""
+    """On one rank, which has changed half of what the others have, or nothing, and would differ unnoticed."""
     model = Vectors(SHAPES)
     optimizer = wrap(model, sync_every=lambda step: True, **options)
     train(model, optimizer, 0, 2)
@@ -366,14 +366,15 @@ def fails_after_the_exchange(where: str, options: dict[str, Any]) -> None:
     optimizer.load_state_dict(saved[1])
 
     reducer = optimizer._average._reducer
-    holder, name = {"commit": (reducer._memory, "commit"), "subtract": (wire, "subtract")}[where]
+    places = {"decode": (wire, "decode"), "commit": (reducer._memory, "commit"), "subtract": (wire, "subtract")}
+    holder, name = places[where]
     works, calls = getattr(holder, name), []
 
-    def fails(*arguments: Any) -> Any:
+    def fails(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 2:
             raise MemoryError("no room")
-        return works(*arguments)
+        return works(*arguments, **options)
 
     if hvd.rank() == 1:
         setattr(holder, name, fails)
@@ -398,6 +399,8 @@ def fails_after_the_exchange(where: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("where", "options"),
     [
+        ("decode", {}),
+        ("decode", {"exchange": "reduce_scatter"}),
         ("commit", {}),
         ("subtract", {}),
         ("commit", {"exchange": "reduce_scatter"}),

@@ -289,6 +289,8 @@ def fails(one: HierarchicalReducer, how: str, who: int) -> str:
             mine[name] += 1e9
         if how == "integers" and odd and name == "long":
             one.add(name, torch.ones(SHAPES[name], dtype=torch.int64))
+        elif how == "dtype" and odd and name == "long":
+            one.add(name, mine[name].double())
         elif not (how == "absent" and odd and name == "long"):
             one.add(name, mine[name].clone())
     with pytest.raises(
@@ -333,6 +335,13 @@ def a_failure_reaches_all(nodes: Sequence[int], by_horovod: bool, how: str, text
 def test_a_failure_reaches_all_ranks(world: World, how: str, text: str, operator: Any) -> None:
     world.run(a_failure_reaches_all, EVEN, False, how, text, operator)
     world.run(a_failure_reaches_all, UNEVEN, True, how, text, operator)
+
+
+@pytest.mark.ranks(4)
+def test_a_gradient_of_another_dtype(world: World) -> None:
+    """MPI would write it past the end of the buffer that it is received in."""
+    for by_horovod in (False, True):
+        world.run(a_failure_reaches_all, EVEN, by_horovod, "dtype", "do not send the same tensors: long")
 
 
 def no_room_on_one_rank(what: str) -> None:

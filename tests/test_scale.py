@@ -26,6 +26,7 @@ from hvd_compress import (
     costs,
     node_process_set,
     resize,
+    scattered,
 )
 from hvd_compress.auto import AutoReducer
 from hvd_compress.exchanges import reducer
@@ -478,6 +479,24 @@ def test_an_operator_that_fails_on_one_rank(world: World, nodes: list[int]) -> N
 def test_an_operator_that_fails_on_one_of_the_ranks_that_sum(world: World) -> None:
     world.run(fails_on_one_rank, Fragile(), {"exchange": "reduce_scatter"}, "too heavy", 2)
     world.run(messages_cannot_be_divided)
+    world.run(no_room_to_divide)
+
+
+def no_room_to_divide() -> None:
+    """Before the first collective of the exchange."""
+    one = opened(Compression.topk(k=3, dense_below=0, exchange="reduce_scatter"), Vectors({"w": (30,)}))
+    works = scattered.equal_parts
+
+    def fails(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    one.add("w", torch.arange(1.0, 31.0))
+    scattered.equal_parts = fails if hvd.rank() == 2 else works
+    with pytest.raises((MemoryError, PeerError), match="no room"):
+        one.reduce()
+    scattered.equal_parts = works
+    one.add("w", torch.arange(1.0, 31.0))
+    assert_replicas_identical(list(one.reduce().sums.values()))
 
 
 def messages_cannot_be_divided() -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from types import TracebackType
 
 from mpi4py import MPI
@@ -87,3 +91,30 @@ class _AbortingHook:
             flush=True,
         )
         self._communicator.Abort(1)
+
+
+_in_use = threading.RLock()  # MPI; while it is held, MPI does not end
+_ended = threading.Event()
+
+
+@contextmanager
+def mpi() -> Iterator[bool]:
+    """A context in which MPI does not end; whether it has not done so before."""
+    with _in_use:
+        yield not (_ended.is_set() or MPI.Is_finalized())
+
+
+@cache
+def be_told_of_the_end() -> None:
+    """When a thread ends MPI, it waits for those who use it just now, and tells those who come later.
+
+    Horovod's does so on all ranks as soon as the program of one has ended, while others may still look out. To ask
+    whether MPI has ended, and then to use it, would be too late now and then: what MPI_Finalize does first is to drop
+    what is attached to MPI_COMM_SELF (MPI 4.1, 11.2.4).
+    """
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_at_the_end), True)
+
+
+def _at_the_end(*_: object) -> None:
+    with _in_use:
+        _ended.set()

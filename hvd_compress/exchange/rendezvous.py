@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from mpi4py import MPI
 
-from ..errors import RankMismatchError
+from ..errors import PeerError, RankMismatchError
+from .communicator import be_told_of_the_end, mpi
 
 _TAG = 0x6876  # "hv": keeps clear of a program's own point-to-point messages
 _SAME, _OTHER, _ABSENT = 0, 1, 2
@@ -40,7 +41,9 @@ def rendezvous(
     Raises:
         RankMismatchError: on every rank that came, with one and the same text: two ranks' statements differ
             (both ranks and the first line that differs are named), or ranks did not come in time.
+        PeerError: a rank's program has ended instead.
     """
+    be_told_of_the_end()
     digest = np.frombuffer(hashlib.sha256(statement.encode()).digest(), np.uint8).copy()
     verdict = np.zeros(len(ranks), np.uint8)
     if communicator.Get_rank() == ranks[0]:
@@ -87,7 +90,12 @@ def _wait(requests: list[MPI.Request], timeout: float) -> bool:
     """Poll, since a blocked MPI call cannot be given up."""
     start = time.monotonic()
     warned = False
-    while not all(request.Test() for request in requests):
+    while True:
+        with mpi() as is_there:
+            if not is_there:
+                raise PeerError("the program of another rank has ended, and MPI with it, before its first exchange")
+            if all(request.Test() for request in requests):
+                return True
         waited = time.monotonic() - start
         if waited > timeout:
             return False
@@ -95,7 +103,6 @@ def _wait(requests: list[MPI.Request], timeout: float) -> bool:
             logger.warning("waiting since %.0f s for other ranks to begin their first exchange", waited)
             warned = True
         time.sleep(_POLL_SECONDS)
-    return True
 
 
 def _absence(absent: list[int], timeout: float) -> str:

@@ -12,9 +12,6 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -22,6 +19,7 @@ import numpy as np
 from mpi4py import MPI
 
 from ..errors import PeerError
+from .communicator import be_told_of_the_end, mpi
 
 _LOOK_SECONDS = 0.25  # between two looks at what the others ask; each costs some microseconds
 _ANSWER_SECONDS = 5.0  # in which a rank that is alive answers, whatever its program does
@@ -104,7 +102,7 @@ class _Watcher:
 
     def start(self) -> None:
         """Begin to look."""
-        _be_told_of_the_end()
+        be_told_of_the_end()
         self._thread.start()
         _watching.add(self)
         atexit.unregister(
@@ -127,7 +125,7 @@ class _Watcher:
         self._stopped.set()
         if os.getpid() != self._process:
             return
-        with _mpi() as is_there:
+        with mpi() as is_there:
             for rank in self._others if is_there else ():
                 self._send(rank, _GONE, self._place())
 
@@ -156,7 +154,7 @@ class _Watcher:
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
-            with _mpi() as is_there:
+            with mpi() as is_there:
                 if self._stopped.is_set():
                     return
                 if is_there:
@@ -205,7 +203,12 @@ class _Watcher:
             return
         if len(self._told) < len(self._others) and now - self._asked < _ANSWER_SECONDS:
             return
-        absent = {rank: told for rank, told in self._told.items() if told["done"] <= done and not told["waits"]}
+        # Who has ended comes no more, whatever it has done: an exchange may have failed there before it took part.
+        absent = {
+            rank: told
+            for rank, told in self._told.items()
+            if rank in self._gone or (told["done"] <= done and not told["waits"])
+        }
         silent = [rank for rank in self._others if rank not in self._told]
         if (self.since, self.done) == (since, done) and (absent or silent):
             self.end_job(self._verdict(now - since, absent, silent))
@@ -268,31 +271,6 @@ def _read(text: bytes) -> dict[str, Any] | None:
 
 
 _watching: set[_Watcher] = set()  # of this process, as are the functions that it calls at its end
-_in_use = threading.RLock()  # MPI; while it is held, MPI does not end
-_ended = threading.Event()
-
-
-@contextmanager
-def _mpi() -> Iterator[bool]:
-    """A context in which MPI does not end; whether it has not done so before."""
-    with _in_use:
-        yield not (_ended.is_set() or MPI.Is_finalized())
-
-
-@cache
-def _be_told_of_the_end() -> None:
-    """When a thread ends MPI, it waits for those who use it just now, and tells those who come later.
-
-    Horovod's does so on all ranks as soon as the program of one has ended, while others may still look out. To ask
-    whether MPI has ended, and then to use it, would be too late now and then: what MPI_Finalize does first is to drop
-    what is attached to MPI_COMM_SELF (MPI 4.1, 11.2.4).
-    """
-    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=_at_the_end), True)
-
-
-def _at_the_end(*_: object) -> None:
-    with _in_use:
-        _ended.set()
 
 
 def _end_of_program() -> None:
@@ -304,7 +282,7 @@ def _end_of_program() -> None:
     for watcher in watchers:
         watcher.retire()
     while watchers:
-        with _mpi() as is_there:
+        with mpi() as is_there:
             watchers = [watcher for watcher in watchers if is_there and watcher.lingers(time.monotonic())]
         time.sleep(0.002)
 
