@@ -169,7 +169,7 @@ class GradientCompressor(Compressor):
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
         else:
-            if _may_have_readers(tensor):
+            if tensor.dtype == working_dtype(tensor.dtype) and _may_have_readers(tensor):
                 tensor.set_(tensor.clone())  # type: ignore[call-overload]  # frees the old one once it is read
             reducer.add(name, tensor)
         ticket = self._ticket(tensor.device)
