@@ -27,6 +27,8 @@ from .membership import check_named_parameters, link
 from .operators import working_dtype
 from .settings import Settings
 
+_use_count = getattr(torch._C, "_storage_Use_Count", None)  # before torch 2.9, only builds with CUDA have it
+
 
 @dataclass(frozen=True)
 class _Dense:
@@ -278,4 +280,5 @@ def _may_have_readers(tensor: Tensor) -> bool:
     below. Nothing public tells; where the storage's holders can be explained, nobody else reads it.
     """
     storage = tensor.untyped_storage()
-    return torch._C._storage_Use_Count(storage._cdata) > 3  # the tensor, the line above, and the caller's hook
+    holders = 3  # the tensor, the line above, and the caller's hook
+    return _use_count is None or _use_count(storage._cdata) > holders

@@ -139,7 +139,8 @@ class ScatteredReducer(Sender):
             flagged = [p.overflow for p in packets]
             results, rests = self._gather(pending, regions, packets, step, failure)
             with self._alone():
-                overflow = self._agree(self._overflow(flagged, results, regions))
+                overflow = self._overflow(flagged, results, regions)
+            overflow = self._agree(overflow)
         except BaseException:
             self._rollback(pending)
             raise

@@ -16,6 +16,7 @@ from torch import Tensor
 from world import World
 
 from hvd_compress import Compression, QsparseLocalSGD
+from hvd_compress import gradient as gradient_path
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -451,6 +452,16 @@ def gradients_of_one_storage(exchange: str) -> None:
 @pytest.mark.parametrize("exchange", ["allgather", "hierarchical", "reduce_scatter", "auto"])
 def test_gradients_of_one_storage(world: World, exchange: str) -> None:
     world.run(gradients_of_one_storage, exchange)
+
+
+def test_whether_a_storage_has_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, shared = torch.zeros(3), torch.zeros(3)
+    others = [shared[:], shared[:], shared[:]]
+    assert not gradient_path._may_have_readers(alone)
+    assert gradient_path._may_have_readers(shared)
+    del others
+    monkeypatch.setattr(gradient_path, "_use_count", None)  # a torch that cannot tell
+    assert gradient_path._may_have_readers(alone)
 
 
 def frozen_later(forgets: bool) -> None:
