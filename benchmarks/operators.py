@@ -68,7 +68,7 @@ def main() -> None:
     for name, operator in track((OPERATORS | MORE).items(), "measuring", transient=True):
         messages = compress(operator)
         packed = wire.encode(messages)
-        opened = wire.decode(packed.data).messages
+        opened = [*wire.decode(packed.data).messages]
         steps: list[Callable[[], Any]] = [
             partial(compress, operator),
             partial(wire.encode, messages),

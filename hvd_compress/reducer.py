@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import horovod.torch as hvd
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,6 @@ from .horovod_exchange import HorovodExchange
 from .kernels import all_finite
 from .sender import AFTER, Overflow, Pending, Sender
 from .side_stream import SideStream
-from .wire import Message
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
@@ -200,46 +201,46 @@ class Reducer(Sender):
         try:
             arrived = self._arrive(departed, failure)
             with self._alone():
-                gathered = _gather(departed, arrived)
-                overflow = _overflow(self._called, arrived, gathered)
+                overflow = _overflow(self._called, departed, arrived)
             overflow = self._agree(overflow)
         except BaseException:
             self._rollback(pending)
             raise
         with self._alone():
-            # In rank order, as the sums: all ranks must come to the same conclusion.
-            self._conclude(pending, gathered, sum(packet.energy for packet in arrived[-1].packets) / self.size)
-            return self._reduced(pending, gathered, overflow, divisor, minuends)
+            self._conclude(pending, departed, arrived)
+            return self._reduced(pending, departed, arrived, overflow, divisor, minuends)
 
     def _reduced(
         self,
         pending: Mapping[str, Pending],
-        gathered: Mapping[str, list[Message]],
+        departed: list[_Departed],
+        arrived: list[_Arrived],
         overflow: Overflow,
         divisor: float,
         minuends: Mapping[str, Tensor] | None,
     ) -> Reduced:
         """Update the memory, and make the sums."""
         free = self._rollback(pending) if overflow else self._commit(pending)
-        if minuends is not None and not overflow and not self._memory.receives:
-            for name, messages in gathered.items():
-                minuend = minuends[name]
-                wire.subtract([message.to(minuend.device) for message in messages], minuend, divisor)
-            return Reduced({}, overflow)
-        sums = {}
-        for name, p in pending.items():
-            sums[name] = self._sum(name, gathered[name], free[name], divisor, p.remembered and not overflow)
-        return Reduced(sums, overflow).subtracted_from(minuends)
-
-    def _sum(self, name: str, messages: list[Message], flat: Tensor, divisor: float, is_received: bool) -> Tensor:
+        receives = self._memory.receives and not overflow
         # In rank order, since floating point addition is not associative and all ranks must get the same bits.
-        messages = [message.to(flat.device) for message in messages]
-        if not is_received or not self._memory.receives:
-            wire.add_up(messages, flat, divisor)
-            return flat
-        wire.add_up(messages, flat)
-        draws = partial(self._generator, name, AFTER, flat.device)
-        return self._memory.receive(name, flat, self.size, draws).div_(divisor)
+        buckets = [
+            (bucket.names, [packet.messages for packet in arrival.packets])
+            for bucket, arrival in zip(departed, arrived, strict=True)
+        ]
+        if minuends is not None and not overflow and not receives:
+            for names, ranks in buckets:
+                wire.subtract(ranks, [minuends[name] for name in names], divisor)
+            return Reduced({}, overflow)
+        for names, ranks in buckets:
+            wire.add_up(ranks, [free[name] for name in names], 1.0 if receives else divisor)
+        if receives:
+            free = {name: self._received(name, flat, pending[name], divisor) for name, flat in free.items()}
+        return Reduced(free, overflow).subtracted_from(minuends)
+
+    def _received(self, name: str, total: Tensor, pending: Pending, divisor: float) -> Tensor:
+        if pending.remembered:
+            total = self._memory.receive(name, total, self.size, partial(self._generator, name, AFTER, total.device))
+        return total.div_(divisor)
 
     def _drop(self) -> None:
         if self._departed:
@@ -337,21 +338,25 @@ class Reducer(Sender):
                 raise RankMismatchError(
                     f"rank {rank} exchanges at step {packet.round}, this rank at step {bucket.step}"
                 )
-            if packet.ids != ids:
+            if [*packet.ids] != ids:
                 different = {*packet.ids} ^ {*ids}
                 which = ", ".join(name for name, id in self._ids.items() if id in different)
                 raise RankMismatchError(f"rank {rank} and this rank do not send the same tensors: {which}")
-            for name, message in zip(bucket.names, packet.messages, strict=True):
-                if message.numel != self._shapes[name].numel():
-                    raise WireError(f"rank {rank} sent {message.numel} elements of {name!r}")
+            for name, numel in zip(bucket.names, packet.numels, strict=True):
+                if numel != self._shapes[name].numel():
+                    raise WireError(f"rank {rank} sent {numel} elements of {name!r}")
 
-    def _conclude(self, pending: Mapping[str, Pending], gathered: Mapping[str, list[Message]], energy: float) -> None:
+    def _conclude(self, pending: Mapping[str, Pending], departed: list[_Departed], arrived: list[_Arrived]) -> None:
         """What all ranks learn from an exchange alike."""
         self._round += 1
-        compressed = [gathered[name] for name, p in pending.items() if p.compressed]
-        kept = max(sum(len(messages[rank].values) for messages in compressed) for rank in range(self.size))
-        self._schedule.advance(energy, kept)
-        self._awaited = [{*names} & gathered.keys() for names in self._buckets]
+        kept = [0] * self.size
+        for bucket, arrival in zip(departed, arrived, strict=True):
+            compressed = [pending[name].compressed for name in bucket.names]
+            for rank, packet in enumerate(arrival.packets):
+                kept[rank] += sum(compress(packet.counts, compressed))
+        energy = sum(packet.energy for packet in arrived[-1].packets) / self.size  # in rank order, as the sums
+        self._schedule.advance(energy, max(kept))
+        self._awaited = [{*names} & pending.keys() for names in self._buckets]
 
 
 def _travel(
@@ -362,21 +367,22 @@ def _travel(
     shares: list[int] = []
     packets: list[wire.Packet] = []
     error: Exception | None = None
-    table: wire.Table | None = None
+    encoded: wire.Encoded | None = None
     try:
         if own.failure is None:
             encoded = wire.encode(
                 own.messages, ids=own.ids, round=own.round, energy=own.energy, overflow=own.overflow
             )
-            buffer, shares, table = encoded.data, encoded.shares, encoded.table
+            buffer, shares = encoded.data, encoded.shares
         else:
             buffer = wire.encode_failure(own.failure, round=own.round)
     except Exception as caught:
         error = caught
         buffer = wire.encode_failure(_story(caught), round=own.round)
     try:
-        for rank, data in zip(called, exchange.allgatherv(buffer, place), strict=True):
-            packets.append(_open(rank, data, device, table))  # its own too: all ranks judge the same bytes
+        for rank, data in enumerate(exchange.allgatherv(buffer, place)):
+            # Its own too: all ranks judge the same bytes.
+            packets.append(_open(called[rank], data, device, encoded, is_own=rank == exchange.rank))
     except (WireError, OverflowError) as caught:  # what else goes wrong does so on this rank alone
         error = error or caught
     return _Arrived(shares, exchange.sent - sent_before, packets, error)
@@ -386,35 +392,28 @@ def _story(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _open(rank: int, data: Bytes, device: torch.device, likely: wire.Table | None) -> wire.Packet:
+def _open(rank: int, data: Bytes, device: torch.device, sent: wire.Encoded | None, is_own: bool) -> wire.Packet:
+    if is_own and sent is not None and sent.packet is not None and np.array_equal(data, sent.data):
+        return sent.packet
     try:
-        return wire.decode(data, device, likely=likely)
+        return wire.decode(data, device, likely=None if sent is None else sent.table)
     except WireError as error:
         raise WireError(f"from rank {rank}: {error}") from None
 
 
-def _gather(departed: list[_Departed], arrived: list[_Arrived]) -> dict[str, list[Message]]:
-    """All ranks' messages about each tensor, in rank order."""
-    return {
-        name: [packet.messages[i] for packet in arrival.packets]
-        for bucket, arrival in zip(departed, arrived, strict=True)
-        for i, name in enumerate(bucket.names)
-    }
-
-
-def _overflow(called: Sequence[int], arrived: list[_Arrived], gathered: Mapping[str, list[Message]]) -> Overflow:
+def _overflow(called: Sequence[int], departed: list[_Departed], arrived: list[_Arrived]) -> Overflow:
     """Which ranks' messages about which tensors hold inf or NaN, and which ranks have met some elsewhere."""
-    elsewhere = [
-        (rank, "a tensor that is not compressed")
-        for arrival in arrived
+    packets = [
+        (rank, bucket.names, packet)
+        for bucket, arrival in zip(departed, arrived, strict=True)
         for rank, packet in zip(called, arrival.packets, strict=True)
-        if packet.overflow
     ]
-    if all_finite([floats for arrival in arrived for packet in arrival.packets for floats in packet.floats]):
+    elsewhere = [(rank, "a tensor that is not compressed") for rank, _, packet in packets if packet.overflow]
+    if all_finite([floats for _, _, packet in packets for floats in packet.floats]):
         return elsewhere
     return elsewhere + [
         (rank, name)
-        for name, messages in gathered.items()
-        for rank, message in zip(called, messages, strict=True)
+        for rank, names, packet in packets
+        for name, message in zip(names, packet.messages, strict=True)
         if not bool(message.is_finite())
     ]

@@ -245,7 +245,7 @@ class ScatteredReducer(Sender):
         packets: list[wire.Packet],
         step: int,
         failure: Exception | None,
-    ) -> tuple[list[list[Message]], list[tuple[Piece, Tensor]]]:
+    ) -> tuple[list[Sequence[Message]], list[tuple[Piece, Tensor]]]:
         """Each owner's part of the sum, and what this rank has left out of its own."""
         assert self._exchange is not None
         rests: list[tuple[Piece, Tensor]] = []
@@ -287,7 +287,7 @@ class ScatteredReducer(Sender):
         return [packet.messages for packet in gathered], rests
 
     def _opened(
-        self, data: np.ndarray, rank: int, ids: list[int], pieces: list[Piece], step: int, device: torch.device
+        self, data: np.ndarray, rank: int, ids: Sequence[int], pieces: list[Piece], step: int, device: torch.device
     ) -> wire.Packet:
         """A packet of another rank's, which is about ``pieces``."""
         called = self._called[rank]
@@ -299,7 +299,7 @@ class ScatteredReducer(Sender):
             return packet
         if packet.round != step:
             raise RankMismatchError(f"rank {called} exchanges at step {packet.round}, this rank at step {step}")
-        if packet.ids != ids or [m.numel for m in packet.messages] != [len(piece) for piece in pieces]:
+        if [*packet.ids] != [*ids] or [*packet.numels] != [len(piece) for piece in pieces]:
             names = ", ".join(name for name, id in self._ids.items() if id in {*packet.ids} ^ {*ids})
             raise RankMismatchError(f"rank {called} and this rank do not send the same tensors: {names}")
         return packet
@@ -311,7 +311,7 @@ class ScatteredReducer(Sender):
             raise PeerError("; ".join(failed))
 
     def _overflow(
-        self, flagged: Sequence[bool], results: list[list[Message]], regions: list[list[Piece]]
+        self, flagged: Sequence[bool], results: Sequence[Sequence[Message]], regions: list[list[Piece]]
     ) -> Overflow:
         """Which ranks have met inf or NaN, and in which tensors these now are; which rank sent which is not known."""
         if not any(flagged):
@@ -374,7 +374,7 @@ def _sum(messages: Sequence[Message], total: Tensor) -> Tensor:
     return total
 
 
-def _assemble(sums: Mapping[str, Tensor], regions: list[list[Piece]], results: list[list[Message]]) -> None:
+def _assemble(sums: Mapping[str, Tensor], regions: list[list[Piece]], results: Sequence[Sequence[Message]]) -> None:
     """Put the owners' parts together in ``sums``."""
     for total in sums.values():
         total.zero_()

@@ -80,15 +80,28 @@ def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
     _native.add_at(flat.numpy(), indices.numpy(), values.numpy(), alpha)
 
 
-def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float) -> None:
+def sum_at(
+    flats: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[Sequence[int]],
+    divisor: float,
+) -> None:
     """:func:`.vectors.sum_at`."""
-    places, numbers = [i.numpy() for i in indices], [v.numpy() for v in values]
-    _native.sum_at(flat.numpy(), places, numbers, divisor, torch.get_num_threads())
+    vectors, places, numbers = ([t.numpy() for t in tensors] for tensors in (flats, indices, values))
+    _native.sum_at(vectors, places, numbers, counts, divisor, torch.get_num_threads())
 
 
-def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float) -> None:
+def subtract_at(
+    flats: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[Sequence[int]],
+    divisor: float,
+) -> None:
     """:func:`.vectors.subtract_at`."""
-    _native.subtract_at(flat.numpy(), [i.numpy() for i in indices], [v.numpy() for v in values], divisor)
+    vectors, places, numbers = ([t.numpy() for t in tensors] for tensors in (flats, indices, values))
+    _native.subtract_at(vectors, places, numbers, counts, divisor)
 
 
 def random_subset(seed: int, numel: int, count: int) -> Tensor:
@@ -131,9 +144,9 @@ def look_up(table: Tensor, levels: Tensor) -> Tensor:
     return torch.from_numpy(_native.look_up(table.numpy(), levels.numpy(), torch.get_num_threads()))
 
 
-def encode_indices(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """``wire.indices.encode_indices``."""
-    unary, fixed, unary_bits = _native.encode_indices([i.numpy() for i in indices], table.numpy())
+    unary, fixed, unary_bits = _native.encode_indices(indices.numpy(), table.numpy())
     return torch.from_numpy(unary), torch.from_numpy(fixed), unary_bits
 
 

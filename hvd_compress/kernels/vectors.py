@@ -63,48 +63,76 @@ def add_at_by_torch(flat: Tensor, indices: Tensor, values: Tensor, alpha: float 
     flat.index_add_(0, indices, values, alpha=alpha)
 
 
-def sum_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
-    """``flat`` becomes the sum of vectors with ``values[i]`` at ``indices[i]``, in order of i, over ``divisor``.
+def sum_at(
+    flats: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[Sequence[int]],
+    divisor: float = 1.0,
+) -> None:
+    """Each of ``flats`` becomes a sum of sparse vectors, one of each rank, in order of ranks, over ``divisor``.
 
     Args:
-        flat: float32 or float64 ``[d]``; may hold anything before.
-        indices: int64 ``[kᵢ]`` each, strictly ascending, 0 ≤ index < d.
-        values: ``[kᵢ]`` each, of the dtype of ``flat``.
+        flats: float32 or float64 ``[d]`` each, all of one dtype and on one device; may hold anything before.
+        indices: of each rank int64 ``[n]``: its elements' indices in the first of ``flats``, then in the next. Those
+            in one ascend strictly, 0 ≤ index < d.
+        values: of each rank ``[n]``, of the dtype of ``flats``: the elements.
+        counts: of each rank, how many elements it has in each of ``flats``; they add up to n.
         divisor: of the sums, each of which is rounded once more by it.
 
     Raises:
-        ValueError, IndexError: indices do not ascend, or are out of bounds (on the CPU).
+        ValueError, IndexError: counts do not add up; indices do not ascend, or are out of bounds (on the CPU).
     """
-    if native.serves(flat, *indices, *values):
-        native.sum_at(flat, indices, values, divisor)
+    if native.serves(*flats, *indices, *values):
+        native.sum_at(flats, indices, values, counts, divisor)
     else:
-        sum_at_by_torch(flat, indices, values, divisor)
+        sum_at_by_torch(flats, indices, values, counts, divisor)
 
 
-def sum_at_by_torch(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
+def sum_at_by_torch(
+    flats: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[Sequence[int]],
+    divisor: float = 1.0,
+) -> None:
     """See :func:`sum_at`."""
-    flat.zero_()
-    for places, numbers in zip(indices, values, strict=True):
-        flat.index_add_(0, places, numbers)
-    flat.div_(divisor)
+    places = [i.split([*count]) for i, count in zip(indices, counts, strict=True)]
+    numbers = [v.split([*count]) for v, count in zip(values, counts, strict=True)]
+    for which, flat in enumerate(flats):
+        flat.zero_()
+        for rank in range(len(counts)):
+            flat.index_add_(0, places[rank][which], numbers[rank][which])
+        flat.div_(divisor)
 
 
-def subtract_at(flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0) -> None:
-    """``flat`` less what :func:`sum_at` would make of the other arguments, in place.
+def subtract_at(
+    flats: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[Sequence[int]],
+    divisor: float = 1.0,
+) -> None:
+    """``flats`` less what :func:`sum_at` would make of the other arguments, in place.
 
     Raises:
         ValueError, IndexError: as :func:`sum_at`.
     """
-    if native.serves(flat, *indices, *values):
-        native.subtract_at(flat, indices, values, divisor)
+    if native.serves(*flats, *indices, *values):
+        native.subtract_at(flats, indices, values, counts, divisor)
     else:
-        subtract_at_by_torch(flat, indices, values, divisor)
+        subtract_at_by_torch(flats, indices, values, counts, divisor)
 
 
 def subtract_at_by_torch(
-    flat: Tensor, indices: Sequence[Tensor], values: Sequence[Tensor], divisor: float = 1.0
+    flats: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    counts: Sequence[Sequence[int]],
+    divisor: float = 1.0,
 ) -> None:
     """See :func:`subtract_at`."""
-    total = torch.empty_like(flat)
-    sum_at_by_torch(total, indices, values, divisor)
-    flat.sub_(total)
+    sums = [torch.empty_like(flat) for flat in flats]
+    sum_at_by_torch(sums, indices, values, counts, divisor)
+    for flat, total in zip(flats, sums, strict=True):
+        flat.sub_(total)

@@ -9,8 +9,6 @@ of its indices, the coding's parameter, whether it is Rice coded (1) or not (0),
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -19,11 +17,11 @@ from ..kernels import native
 from .bits import pack_fields, pack_unary, unpack_fields, unpack_unary
 
 
-def encode_indices(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Code the indices of all messages.
 
     Args:
-        indices: int64 ``[count]`` of each message, on one device.
+        indices: int64, those of all messages one after the other.
         table: see above.
 
     Returns:
@@ -32,7 +30,7 @@ def encode_indices(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Te
     Raises:
         ValueError: a message's indices are not strictly ascending, or not below the tensor's size.
     """
-    if native.serves(*indices):
+    if native.serves(indices):
         return native.encode_indices(indices, table)
     return encode_indices_by_torch(indices, table)
 
@@ -56,21 +54,20 @@ def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor) -> Tensor:
         raise WireError(f"the message does not hold what its table says: {error}") from None
 
 
-def encode_indices_by_torch(indices: Sequence[Tensor], table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def encode_indices_by_torch(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """See :func:`encode_indices`."""
-    every = torch.cat([*indices]) if indices else torch.empty(0, dtype=torch.int64)
-    owner, starts = _owners(table, every.device)
+    owner, starts = _owners(table, indices.device)
     remainder, is_rice, numel = _per_element(owner, table)
 
-    previous = torch.cat([every.new_full((1,), -1), every[:-1]])[: len(every)]
+    previous = torch.cat([indices.new_full((1,), -1), indices[:-1]])[: len(indices)]
     previous[starts] = -1
-    gaps = every - previous - 1
+    gaps = indices - previous - 1
     quotients = torch.where(is_rice, gaps >> remainder, 0)
-    fields = torch.where(is_rice, gaps & ((1 << remainder) - 1), every)
+    fields = torch.where(is_rice, gaps & ((1 << remainder) - 1), indices)
 
-    unary = torch.zeros(len(table) + 1, dtype=torch.int64, device=every.device)
+    unary = torch.zeros(len(table) + 1, dtype=torch.int64, device=indices.device)
     unary.index_add_(0, owner, torch.where(is_rice, quotients + 1, 0))
-    unary[-1] = ((gaps < 0) | (every >= numel)).sum()
+    unary[-1] = ((gaps < 0) | (indices >= numel)).sum()
     *unary_bits, wrong = unary.tolist()
     if wrong:
         raise ValueError("indices must be strictly ascending and below the tensor's size")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -146,17 +148,83 @@ class Message:
         return packet.messages[0]
 
 
-def add_up(messages: Sequence[Message], flat: Tensor, divisor: float = 1.0) -> None:
-    """``flat`` becomes the sum of what receivers of ``messages`` see, in their order, divided by ``divisor``.
+class Fused(Sequence[Message]):
+    """Sparse messages whose indices and values lie one after the other; single ones are cut out when asked for.
 
     Args:
-        messages: about one tensor, on the device of ``flat``.
-        flat: float32 or float64 ``[d]``; may hold anything before.
+        shapes, counts: of each message; see :class:`Message`.
+        indices: int64 ``[n]``.
+        values: floating point ``[n]``.
+    """
+
+    def __init__(
+        self, shapes: Sequence[tuple[int, ...]], counts: Sequence[int], indices: Tensor, values: Tensor
+    ) -> None:
+        self.counts, self.indices, self.values = counts, indices, values
+        self._shapes = shapes
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @overload
+    def __getitem__(self, place: int) -> Message: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Message]: ...
+    def __getitem__(self, place: int | slice) -> Message | list[Message]:
+        return self._cut[place]
+
+    @cached_property
+    def _cut(self) -> list[Message]:
+        parts = zip(self._shapes, self.indices.split([*self.counts]), self.values.split([*self.counts]), strict=True)
+        return [Message(shape, indices, Floats(values)) for shape, indices, values in parts]
+
+
+def add_up(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], divisor: float = 1.0) -> None:
+    """``flats[i]`` becomes the sum of what receivers of ``ranks[r][i]`` see, in order of r, divided by ``divisor``.
+
+    Args:
+        ranks: the messages of each rank, one about each of ``flats``.
+        flats: float32 or float64 ``[d]`` each; may hold anything before.
         divisor: 1 for the sum.
     """
+    if (fused := _alike(ranks, flats)) is not None:
+        sum_at(flats, *fused, divisor)
+        return
+    for flat, messages in zip(flats, zip(*ranks, strict=True), strict=True):
+        _add_up([message.to(flat.device) for message in messages], flat, divisor)
+
+
+def subtract(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], divisor: float = 1.0) -> None:
+    """``flats`` less what :func:`add_up` makes of ``ranks``, rounded to the dtype of ``flats``, in place.
+
+    Args:
+        ranks, divisor: see :func:`add_up`.
+        flats: floating point ``[d]`` each.
+    """
+    if (fused := _alike(ranks, flats)) is not None:
+        subtract_at(flats, *fused, divisor)
+        return
+    for flat, messages in zip(flats, zip(*ranks, strict=True), strict=True):
+        _subtract([message.to(flat.device) for message in messages], flat, divisor)
+
+
+_Columns = tuple[list[Tensor], list[Tensor], list[Sequence[int]]]
+
+
+def _alike(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor]) -> _Columns | None:
+    """Each rank's indices, values and counts, if all are fused and of the dtype and on the device of ``flats``."""
+    fused = [messages for messages in ranks if isinstance(messages, Fused)]
+    kinds = {(t.dtype, t.device) for t in (*flats, *(f.values for f in fused))}
+    if len(fused) < len(ranks) or len(kinds) > 1:
+        return None
+    return [f.indices for f in fused], [f.values for f in fused], [f.counts for f in fused]
+
+
+def _add_up(messages: Sequence[Message], flat: Tensor, divisor: float) -> None:
     indices = [m.indices for m in messages if m.indices is not None]
     if len(indices) == len(messages):
-        sum_at(flat, indices, [m.values.decode().to(flat.dtype) for m in messages], divisor)
+        values = [m.values.decode().to(flat.dtype) for m in messages]
+        sum_at([flat], indices, values, [[len(i)] for i in indices], divisor)
         return
     flat.zero_()
     for message in messages:
@@ -164,19 +232,12 @@ def add_up(messages: Sequence[Message], flat: Tensor, divisor: float = 1.0) -> N
     flat.div_(divisor)
 
 
-def subtract(messages: Sequence[Message], flat: Tensor, divisor: float = 1.0) -> None:
-    """``flat`` less what :func:`add_up` makes of ``messages``, rounded to the dtype of ``flat``, in place.
-
-    Args:
-        messages: about one tensor, on the device of ``flat``.
-        flat: floating point ``[d]``.
-        divisor: see :func:`add_up`.
-    """
+def _subtract(messages: Sequence[Message], flat: Tensor, divisor: float) -> None:
     indices = [m.indices for m in messages if m.indices is not None]
     values = [m.values.decode() for m in messages]
     if len(indices) == len(messages) and all(v.dtype == flat.dtype for v in values):
-        subtract_at(flat, indices, values, divisor)
+        subtract_at([flat], indices, values, [[len(i)] for i in indices], divisor)
         return
     total = torch.empty(len(flat), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
-    add_up(messages, total, divisor)
+    _add_up(messages, total, divisor)
     flat.sub_(total.to(flat.dtype))

@@ -56,25 +56,37 @@ Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
+class Packet:
+    """What a packet holds."""
+
+    round: int  # the sender's exchange or step number
+    ids: Sequence[int]  # ascending; which tensor each message is about
+    messages: Sequence[Message]
+    energy: float  # squared norm of what the sender compressed, if its schedule asks for it
+    overflow: bool  # whether the sender met inf or NaN in what is not among the messages
+    failure: str | None = None  # the sender's error, in place of messages
+    table: Table | None = None  # that it was sent with
+    floats: Sequence[Tensor] = ()  # all that the messages hold, in few tensors; once it was sent
+
+    @property
+    def numels(self) -> Sequence[int]:
+        """Of the tensor that each message is about."""
+        return [m.numel for m in self.messages] if self.table is None else self.table.numels
+
+    @property
+    def counts(self) -> Sequence[int]:
+        """Values in each message."""
+        return [len(m.values) for m in self.messages] if self.table is None else self.table.counts
+
+
+@dataclass(frozen=True)
 class Encoded:
     """A packet ready to be sent."""
 
     data: Bytes  # uint8 [n], on the host
     shares: list[int]  # bytes that each message takes; with the header they add up to len(data)
     table: Table  # for the receiver of packets that are likely to have the same
-
-
-@dataclass(frozen=True)
-class Packet:
-    """What a received packet holds."""
-
-    round: int  # the sender's exchange or step number
-    ids: list[int]  # ascending; which tensor each message is about
-    messages: list[Message]
-    energy: float  # squared norm of what the sender compressed, if its schedule asks for it
-    overflow: bool  # whether the sender met inf or NaN in what is not among the messages
-    failure: str | None = None  # the sender's error, in place of messages
-    floats: Sequence[Tensor] = ()  # all that the messages hold, in few tensors; of a received packet
+    packet: Packet | None  # what receivers make of these bytes, where that is known without opening them
 
 
 def encode(
@@ -105,7 +117,8 @@ def encode(
     kept = list(_without_zeros([m.to(device) for m in messages]))
     table = table_of(tuple(map(row_of, ids, kept)))
 
-    indices = [i for place in table.coded if (i := kept[place].indices) is not None]
+    coded = [i for place in table.coded if (i := kept[place].indices) is not None]
+    indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
     levels = [pack_levels(q.levels, q.bits) for m in kept if isinstance(q := unrotated(m.values), Levels)]
     floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
@@ -113,7 +126,10 @@ def encode(
     sections = [front.to(device), unary.to(device), fixed.to(device), *levels, *(f.view(torch.uint8) for f in floats)]
     data = _on_host(torch.cat(sections)).numpy()
     _seal(data, _MESSAGES, len(kept), round, energy, _OVERFLOW if overflow else 0)
-    return Encoded(data, table.shares(unary_bits), table)
+    packet = None
+    if table.is_sparse:
+        packet = Packet(round, table.ids, table.fused(indices, *floats), energy, overflow, None, table, floats)
+    return Encoded(data, table.shares(unary_bits), table, packet)
 
 
 def encode_failure(text: str, *, round: int = 0) -> Bytes:
@@ -161,8 +177,7 @@ def decode(data: bytes | Bytes, device: torch.device | str = "cpu", *, likely: T
     # Messages have storage of their own, since received buffers are reused; torch takes none that is read-only.
     streams = torch.from_numpy(np.require(body[len(table.data) :], requirements="W")).to(device)
     messages, floats = _decode_streams(table, streams)
-    ids = [row.id for row in table.rows]
-    return Packet(round, ids, messages, energy, bool(flags & _OVERFLOW), floats=floats)
+    return Packet(round, table.ids, messages, energy, bool(flags & _OVERFLOW), None, table, floats)
 
 
 def _on_host(data: Tensor) -> Tensor:
@@ -203,16 +218,19 @@ def _sums(masks: list[Tensor]) -> list[int]:
     return torch.stack([mask.sum() for mask in masks]).tolist() if masks else []
 
 
-def _decode_streams(table: Table, streams: Tensor) -> tuple[list[Message], list[Tensor]]:
-    """The messages, and all their floats in one tensor for each dtype."""
+def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], list[Tensor]]:
+    """The messages, and all their floats in one tensor for each dtype that there are some of."""
     sizes = [table.fixed_bytes, sum(table.level_bytes), sum(table.float_bytes)]
     unary_bytes = len(streams) - sum(sizes)
     if unary_bytes < 0:
         raise WireError(f"the table asks for {-unary_bytes} bytes more than the message has")
     unary, fixed, levels, rest = streams.split([unary_bytes, *sizes])
-    counts = [table.rows[place].sent for place in table.coded]
-    indices = iter(decode_indices(unary, fixed, table.index_rows).split(counts))
+    coded = decode_indices(unary, fixed, table.index_rows)
     sections = _decode_floats(table, rest)
+    there = [section for section in sections if section.numel()]
+    if table.is_sparse:
+        return table.fused(coded, sections[table.rows[0].dtype]), there
+    indices = iter(coded.split([table.counts[place] for place in table.coded]))
     floats = dict(_shared_out(table, sections))
     messages = []
     for place, (row, packed) in enumerate(zip(table.rows, levels.split(table.level_bytes), strict=True)):
@@ -224,7 +242,7 @@ def _decode_streams(table: Table, streams: Tensor) -> tuple[list[Message], list[
             messages.append(Message(row.shape, rule.indices(row.numel, row.sent).to(streams.device), values, rule))
         else:
             messages.append(Message(row.shape, next(indices), values))
-    return messages, [section for section in sections if section.numel()]
+    return messages, there
 
 
 def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:

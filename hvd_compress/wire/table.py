@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import WireError
 from ..kernels import next_power_of_two
 from .bits import MAX_WIDTH
-from .message import Message, Subset
+from .message import Fused, Message, Subset
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
 from .varint import append_varint, read_varint
 
@@ -88,6 +88,10 @@ class Table:
     rows: tuple[Row, ...]
     data: bytes
     row_bytes: list[int]
+    ids: list[int]  # of each row, as the next ones
+    shapes: list[tuple[int, ...]]
+    numels: list[int]
+    counts: list[int]  # values that are sent
     coded: list[int]  # places of the rows that take part in the index streams
     index_rows: Tensor  # of these; see :mod:`.indices`
     level_bytes: list[int]  # of each row
@@ -105,6 +109,10 @@ class Table:
             rows,
             data,
             row_bytes,
+            [row.id for row in rows],
+            [row.shape for row in rows],
+            [row.numel for row in rows],
+            [row.sent for row in rows],
             coded,
             torch.tensor(columns, dtype=torch.int64).reshape(-1, 4),
             [row.level_bytes for row in rows],
@@ -112,6 +120,16 @@ class Table:
             [count * DTYPES[row.dtype].itemsize for count, row in zip(float_counts, rows, strict=True)],
             [[place for place, row in enumerate(rows) if row.dtype == code] for code in range(len(DTYPES))],
         )
+
+    @cached_property
+    def is_sparse(self) -> bool:
+        """Whether there are messages, and all have indices that are sent, and floats of one dtype."""
+        kinds = {(row.kind, row.dtype) for row in self.rows}
+        return len(self.coded) == len(self.rows) and len(kinds) == 1 and kinds.pop()[0] == FLOATS
+
+    def fused(self, indices: Tensor, values: Tensor) -> Fused:
+        """The messages, if the table :attr:`is_sparse`."""
+        return Fused(self.shapes, self.counts, indices, values)
 
     @property
     def fixed_bytes(self) -> int:

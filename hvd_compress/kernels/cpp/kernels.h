@@ -100,12 +100,13 @@ struct Row {
 
 constexpr int kMaxWidth = 31;  // bits of a field
 
-// Checks the indices of all rows and says how many unary bits each row takes. Throws std::invalid_argument.
-std::vector<Index> unary_bits(const Index* const* indices, const Row* rows, Index messages);
+// What the unary stream takes at most, whatever the indices are.
+Index unary_bytes_at_most(const Row* rows, Index messages);
 
-// Fills both streams, whose lengths follow from unary_bits and the rows.
-void encode_indices(const Index* const* indices, const Row* rows, Index messages, std::uint8_t* unary,
-                    std::size_t unary_bytes, std::uint8_t* fixed, std::size_t fixed_bytes);
+// Fills the fields, and as much of the unary stream as the indices take: so many bits for each message. Throws
+// std::invalid_argument unless each message's indices ascend strictly from 0 to below numel.
+void encode_indices(const Index* indices, const Row* rows, Index messages, std::uint8_t* unary,
+                    std::size_t unary_bytes, std::uint8_t* fixed, std::size_t fixed_bytes, Index* unary_bits);
 
 // Reads nothing outside the streams and writes nothing outside `indices`, whatever the streams hold. Throws
 // std::invalid_argument unless they hold exactly the ascending indices that the rows announce.

@@ -101,39 +101,59 @@ void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Floa
     add_at(x, n, i, v, count, alpha);
 }
 
-template <class Float>
-std::vector<Part<Float>> parts_of(const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values) {
-    require(indices.size() == values.size(), "there must be as many vectors of indices as of values");
-    std::vector<Part<Float>> parts;
-    for (std::size_t p = 0; p < indices.size(); ++p) {
-        require_vector(indices[p], "indices");
-        require_vector(values[p], "values");
-        require(indices[p].size() == values[p].size(), "indices and values must be of one length");
-        parts.push_back({indices[p].data(), values[p].data(), indices[p].size()});
+// Calls work(flat, n, parts) for each of the vectors, with its share of each rank's indices and values.
+template <class Float, class Work>
+void for_each_sum(std::vector<Array<Float>>& flats, const std::vector<Array<Index>>& indices,
+                  const std::vector<Array<Float>>& values, const std::vector<std::vector<Index>>& counts,
+                  const Work& work) {
+    const std::size_t ranks = counts.size();
+    require(indices.size() == ranks && values.size() == ranks, "there must be indices, values and counts of each rank");
+    std::vector<Part<Float>> next;
+    for (std::size_t r = 0; r < ranks; ++r) {
+        require_vector(indices[r], "indices");
+        require_vector(values[r], "values");
+        require(counts[r].size() == flats.size(), "there must be a count for each vector");
+        Index left = indices[r].size();
+        require(values[r].size() == left, "indices and values must be of one length");
+        for (const Index count : counts[r]) {
+            require(0 <= count && count <= left, "the counts are not as many as the indices");
+            left -= count;
+        }
+        require(left == 0, "the counts are not as many as the indices");
+        next.push_back({indices[r].data(), values[r].data(), 0});
     }
-    return parts;
+    std::vector<Float*> to;
+    for (auto& flat : flats) {
+        require_vector(flat, "flat");
+        to.push_back(flat.mutable_data());
+    }
+    std::vector<Index> sizes;
+    for (const auto& flat : flats) sizes.push_back(flat.size());
+    py::gil_scoped_release released;
+    for (std::size_t f = 0; f < to.size(); ++f) {
+        for (std::size_t r = 0; r < ranks; ++r) {
+            next[r] = {next[r].indices + next[r].count, next[r].values + next[r].count, counts[r][f]};
+        }
+        work(to[f], sizes[f], next);
+    }
 }
 
 template <class Float>
-void sum_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices, const std::vector<Array<Float>>& values,
-               Float divisor, int threads) {
-    require_vector(flat, "flat");
-    const auto parts = parts_of(indices, values);
-    Float* x = flat.mutable_data();
-    const Index n = flat.size();
-    py::gil_scoped_release released;
-    sum_at(x, n, parts, divisor, threads);
+void sum_at_of(std::vector<Array<Float>>& flats, const std::vector<Array<Index>>& indices,
+               const std::vector<Array<Float>>& values, const std::vector<std::vector<Index>>& counts, Float divisor,
+               int threads) {
+    for_each_sum(flats, indices, values, counts, [&](Float* flat, Index n, const std::vector<Part<Float>>& parts) {
+        sum_at(flat, n, parts, divisor, threads);
+    });
 }
 
 template <class Float>
-void subtract_at_of(Array<Float>& flat, const std::vector<Array<Index>>& indices,
-                    const std::vector<Array<Float>>& values, Float divisor) {
-    require_vector(flat, "flat");
-    const auto parts = parts_of(indices, values);
-    Float* x = flat.mutable_data();
-    const Index n = flat.size();
-    py::gil_scoped_release released;
-    subtract_at(x, n, parts, divisor);
+void subtract_at_of(std::vector<Array<Float>>& flats, const std::vector<Array<Index>>& indices,
+                    const std::vector<Array<Float>>& values, const std::vector<std::vector<Index>>& counts,
+                    Float divisor) {
+    for_each_sum(flats, indices, values, counts, [&](Float* flat, Index n, const std::vector<Part<Float>>& parts) {
+        subtract_at(flat, n, parts, divisor);
+    });
 }
 
 Array<Index> random_subset_of(std::uint64_t seed, Index numel, Index count) {
@@ -266,28 +286,21 @@ Table table_of(const Array<Index>& table) {
     return result;
 }
 
-py::tuple encode_indices_of(const std::vector<Array<Index>>& indices, const Array<Index>& rows) {
+py::tuple encode_indices_of(const Array<Index>& indices, const Array<Index>& rows) {
+    require_vector(indices, "indices");
     const Table table = table_of(rows);
-    require(table.messages == static_cast<Index>(indices.size()), "there must be as many rows as vectors of indices");
-    std::vector<const Index*> from;
-    for (std::size_t m = 0; m < indices.size(); ++m) {
-        require_vector(indices[m], "indices");
-        require(indices[m].size() == table.rows[m].count, "a row's count is not its number of indices");
-        from.push_back(indices[m].data());
-    }
-    std::vector<Index> bits;
-    {
-        py::gil_scoped_release released;
-        bits = unary_bits(from.data(), table.rows, table.messages);
-    }
-    const Index unary_bytes = (std::accumulate(bits.begin(), bits.end(), Index{0}) + 7) / 8;
-    Bytes unary(unary_bytes), fixed(table.fixed_bytes);
+    require(indices.size() == table.count, "the table's counts are not as many as the indices");
+    const Index most = unary_bytes_at_most(table.rows, table.messages);
+    Bytes unary(most), fixed(table.fixed_bytes);
+    const Index* from = indices.data();
     std::uint8_t *u = unary.mutable_data(), *f = fixed.mutable_data();
+    std::vector<Index> bits(table.messages);
     {
         py::gil_scoped_release released;
-        encode_indices(from.data(), table.rows, table.messages, u, unary_bytes, f, table.fixed_bytes);
+        encode_indices(from, table.rows, table.messages, u, most, f, table.fixed_bytes, bits.data());
     }
-    return py::make_tuple(std::move(unary), std::move(fixed), std::move(bits));
+    const Index written = (std::accumulate(bits.begin(), bits.end(), Index{0}) + 7) / 8;
+    return py::make_tuple(unary[py::slice(0, written, 1)], std::move(fixed), std::move(bits));
 }
 
 Array<Index> decode_indices_of(const Bytes& unary, const Bytes& fixed, const Array<Index>& rows) {
@@ -354,10 +367,10 @@ void bind_floats(py::module_& module) {
     module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());
     module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
                "alpha"_a);
-    module.def("sum_at", &sum_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
-               "values"_a.noconvert(), "divisor"_a, "threads"_a);
-    module.def("subtract_at", &subtract_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(),
-               "values"_a.noconvert(), "divisor"_a);
+    module.def("sum_at", &sum_at_of<Float>, "flats"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
+               "counts"_a, "divisor"_a, "threads"_a);
+    module.def("subtract_at", &subtract_at_of<Float>, "flats"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "counts"_a, "divisor"_a);
     module.def("hadamard", &hadamard_of<Float>, "flat"_a.noconvert(), "divisor"_a);
     module.def("round_by_chance", &round_by_chance_of<Float>, "flat"_a.noconvert(), "offset"_a, "steps"_a.noconvert(),
                "bucket"_a, "least"_a, "most"_a, "seed"_a, "threads"_a);

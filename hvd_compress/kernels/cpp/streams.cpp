@@ -113,50 +113,39 @@ Word spread(Word packed, int bits) {
 
 }  // namespace
 
-std::vector<Index> unary_bits(const Index* const* indices, const Row* rows, Index messages) {
-    std::vector<Index> result(messages, 0);
+Index unary_bytes_at_most(const Row* rows, Index messages) {
+    Index bits = 0;
     for (Index m = 0; m < messages; ++m) {
-        const Row row = rows[m];
-        const Index* const from = indices[m];
-        Index previous = -1;
-        Word quotients = 0;
-        bool wrong = false;
-        for (Index i = 0; i < row.count; ++i) {
-            const Index index = from[i];
-            wrong |= index <= previous;
-            // Unsigned, since wrong indices, which are refused below, may be anything.
-            quotients += (static_cast<Word>(index) - static_cast<Word>(previous) - 1) >> row.parameter;
-            previous = index;
-        }
-        if (wrong || previous >= row.numel) wrong_indices();
-        if (row.rice) result[m] = static_cast<Index>(quotients) + row.count;
+        if (rows[m].rice && rows[m].count) bits += rows[m].count + ((rows[m].numel - rows[m].count) >> rows[m].parameter);
     }
-    return result;
+    return (bits + 7) / 8;
 }
 
-void encode_indices(const Index* const* indices, const Row* rows, Index messages, Byte* unary,
-                    std::size_t unary_bytes, Byte* fixed, std::size_t fixed_bytes) {
+void encode_indices(const Index* indices, const Row* rows, Index messages, Byte* unary, std::size_t unary_bytes,
+                    Byte* fixed, std::size_t fixed_bytes, Index* unary_bits) {
     std::memset(unary, 0, unary_bytes);
     FieldWriter fields(fixed, fixed_bytes);
     Word bit = 0;  // in the unary stream
     for (Index m = 0; m < messages; ++m) {
         const Row row = rows[m];
-        const Index* const from = indices[m];
         const int width = static_cast<int>(row.parameter);
+        const Word before = bit;
         Index previous = -1;
         for (Index i = 0; i < row.count; ++i) {
-            const Index index = from[i];
+            const Index index = *indices++;
+            if (index <= previous || index >= row.numel) wrong_indices();
             if (row.rice) {
                 const Word gap = static_cast<Word>(index - previous - 1);
                 bit += gap >> width;
                 unary[bit >> 3] |= static_cast<Byte>(1u << (bit & 7));
                 ++bit;
                 fields.put(gap & low_bits(width), width);
-                previous = index;
             } else {
                 fields.put(static_cast<Word>(index), width);
             }
+            previous = index;
         }
+        unary_bits[m] = static_cast<Index>(bit - before);
     }
 }
 
