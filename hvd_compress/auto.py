@@ -20,7 +20,7 @@ from .node import node_of, speed
 from .operators import Operator
 from .reducer import Reduced
 from .schedules import Constant, Plan
-from .sender import given_up
+from .sender import filled, laid_out
 from .wire import Message
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -133,15 +133,15 @@ class AutoReducer(Member):
             "exchange='allgather' here"
         )
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, into: Tensor | None = None) -> None:
         """Take in ``tensor`` for the next exchange; see :meth:`hvd_compress.sender.Sender.add`."""
         if self._chosen is not None:
-            self._chosen.add(name, tensor)
+            self._chosen.add(name, tensor, into)
             return
         if self._watch is not None:
             self._watch.begin()
         try:
-            self._pending[name] = given_up(tensor)
+            self._pending[name] = filled(*laid_out(tensor, into))
         except Exception as error:  # every rank must reach the exchange
             self.let_fail(error)
 

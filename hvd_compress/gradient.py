@@ -170,9 +170,11 @@ class GradientCompressor(Compressor):
         if self._scale != 1:
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
+        elif tensor.dtype == working_dtype(tensor.dtype) and tensor.is_contiguous() and _may_have_readers(tensor):
+            instead = torch.empty_like(tensor)
+            reducer.add(name, tensor, instead)
+            tensor.set_(instead)  # type: ignore[call-overload]  # frees the old one once it is read
         else:
-            if tensor.dtype == working_dtype(tensor.dtype) and _may_have_readers(tensor):
-                tensor.set_(tensor.clone())  # type: ignore[call-overload]  # frees the old one once it is read
             reducer.add(name, tensor)
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes

@@ -33,7 +33,7 @@ from .operators import Operator
 from .pieces import Piece, cut, even_ends
 from .reducer import Reduced, Reducer
 from .schedules import Plan
-from .sender import Overflow, given_up
+from .sender import Overflow, filled, laid_out
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
@@ -197,12 +197,12 @@ class HierarchicalReducer(Member):
     def _layout(self, node: int, local: int) -> list[int]:
         return [node, len(self._topology.nodes), local, self._topology.shards]
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, into: Tensor | None = None) -> None:
         """Take in ``tensor`` for the next exchange; see :meth:`hvd_compress.reducer.Reducer.add`."""
         if self._watch is not None:
             self._watch.begin()
         try:
-            self._pending[name] = given_up(tensor)
+            self._pending[name] = filled(*laid_out(tensor, into))
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 

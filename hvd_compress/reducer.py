@@ -148,7 +148,7 @@ class Reducer(Sender):
         self._exchange = self._watch = self._place = self._saved_as = None
         self._awaited = [set(names) for names in self._buckets]  # as on ranks that are new
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, into: Tensor | None = None) -> None:
         """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks.
 
         From now on this rank may wait for others, in Horovod or here.
@@ -158,7 +158,7 @@ class Reducer(Sender):
         if name in self._gone:
             self.let_fail(RuntimeError(f"a second tensor {name!r} came before the sum of the first was asked for"))
             return
-        super().add(name, tensor)
+        super().add(name, tensor, into)
         self._here.add(name)
         self._depart_early()
 

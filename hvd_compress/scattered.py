@@ -100,11 +100,11 @@ class ScatteredReducer(Sender):
         self._drop()
         self._exchange = self._watch = self._place = self._saved_as = None
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, into: Tensor | None = None) -> None:
         """See :meth:`hvd_compress.reducer.Reducer.add`."""
         if self._watch is not None:
             self._watch.begin()
-        super().add(name, tensor)
+        super().add(name, tensor, into)
 
     def reduce(
         self,

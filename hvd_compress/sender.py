@@ -86,16 +86,20 @@ class Sender(Member):
         self._place: Place | None = None  # once the ranks have met
         self._saved_as: Place | None = None  # in the state that was loaded
 
-    def add(self, name: str, tensor: Tensor) -> None:
+    def add(self, name: str, tensor: Tensor, into: Tensor | None = None) -> None:
         """Compress ``tensor`` for the next exchange; a second one of that name replaces the first.
 
-        The tensor is given up: what it holds is not defined from now on, and its storage may become that of a memory
-        or of a result. A view is copied, since its storage has another owner.
+        Args:
+            name: one of ``shapes``.
+            tensor: given up: what it holds is not defined from now on, and its storage may become that of a memory or
+                of a result. A view is left as it is, since its storage has another owner.
+            into: of the tensor's size, working dtype and device, contiguous, holding anything: is given up in place
+                of the tensor, which is then left as it is.
         """
         try:
             with self._ledger.timed("compress"):
                 self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
-                self._pending[name], self._messages[name] = self._compress(name, tensor)
+                self._pending[name], self._messages[name] = self._compress(name, tensor, into)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 
@@ -207,26 +211,31 @@ class Sender(Member):
         energies, self._energies = list(self._energies.values()), {}
         return _total(energies)
 
-    def _compress(self, name: str, tensor: Tensor) -> tuple[Pending, Message]:
-        flat = given_up(tensor)
-        if flat.untyped_storage().nbytes() != flat.nbytes:  # who owns the rest may write to all of it
-            flat = flat.clone()
+    def _compress(self, name: str, tensor: Tensor, into: Tensor | None) -> tuple[Pending, Message]:
+        flat, own = laid_out(tensor, into)
         is_small = flat.numel() < self._dense_below
         if is_small and not self._memory.covers_small:
-            return Pending(flat, compressed=False, remembered=False), Message.dense(flat.clone())
+            return Pending(own, compressed=False, remembered=False), Message.dense(flat.clone())
         try:
-            x, other = self._memory.compensate(name, flat)
-            message = self._encode(name, x, other, is_small)
+            if self._memory.only_adds:
+                x, other = self._memory.compensate(name, own)
+            else:
+                x, other = self._memory.compensate(name, filled(flat, own))
+                flat = x
+            message = self._encode(name, flat, other, x, is_small)
             self._memory.update(name, message)
-            return Pending(flat, not is_small, remembered=True), message
+            return Pending(own, not is_small, remembered=True), message
         except BaseException:  # Ctrl-C too
             self._memory.rollback(name)
             raise
 
-    def _encode(self, name: str, x: Tensor, other: Tensor | None, is_small: bool) -> Message:
-        """The message of x + other, which x becomes."""
-        if other is not None and (is_small or self._schedule.needs_energy):
-            x, other = x.add_(other), None
+    def _encode(self, name: str, flat: Tensor, other: Tensor | None, x: Tensor, is_small: bool) -> Message:
+        """The message of flat + other, which x becomes."""
+        if other is None:
+            filled(flat, x)
+        elif is_small or self._schedule.needs_energy:
+            torch.add(flat, other, out=x)
+            other = None
         if is_small:
             return Message.dense(x.clone())
         if self._schedule.needs_energy:
@@ -237,7 +246,7 @@ class Sender(Member):
             draws["generator"] = self._generator(name, self.rank, x.device)
         if operator.shared_draws:
             draws["shared"] = self._generator(name, ALIKE, x.device)
-        message = operator.encode(x, **draws) if other is None else operator.add_encode(x, other, **draws)
+        message = operator.encode(x, **draws) if other is None else operator.add_encode(flat, other, x, **draws)
         if message.numel != x.numel():
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
         return message
@@ -263,10 +272,22 @@ class Sender(Member):
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def given_up(tensor: Tensor) -> Tensor:
-    """``tensor`` flat, in the working dtype, to be kept: a copy of a view, which autograd's own gradients are not."""
+def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``tensor`` flat, in the working dtype, and where its elements may stay: there or elsewhere; see :func:`filled`.
+
+    Elsewhere if ``into`` says so, or if the storage has another owner or more elements, to which its owner may write.
+    Autograd's own gradients are no views.
+    """
     flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
-    return flat.clone() if tensor._is_view() and flat.data_ptr() == tensor.data_ptr() else flat
+    if into is not None:
+        return flat, into.view(-1)
+    is_lent = tensor._is_view() and flat.data_ptr() == tensor.data_ptr()
+    return flat, torch.empty_like(flat) if is_lent or flat.untyped_storage().nbytes() != flat.nbytes else flat
+
+
+def filled(flat: Tensor, own: Tensor) -> Tensor:
+    """``own``, which now holds what ``flat`` does."""
+    return own if own is flat else own.copy_(flat)
 
 
 def _total(numbers: list[Tensor]) -> float:

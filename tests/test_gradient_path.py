@@ -454,6 +454,54 @@ def test_gradients_of_one_storage(world: World, exchange: str) -> None:
     world.run(gradients_of_one_storage, exchange)
 
 
+def gradients_that_others_read(name: str, settings: dict[str, Any]) -> None:
+    """They are left as they are, and everything else is the same to the bit."""
+    finals = []
+    for has_readers in (False, True):
+        model = Vectors(SHAPES)
+        read: list[tuple[Tensor, Tensor]] = []
+
+        def may_have_readers(gradient: Tensor, has: bool = has_readers, read: list[Any] = read) -> bool:
+            read.append((gradient.detach(), gradient.clone()))  # of one storage, and not
+            return has
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(gradient_path, "_may_have_readers", may_have_readers)
+            compression = Compression.by_name(name, named_parameters=model.named_parameters(), **settings)
+            optimizer = hvd.DistributedOptimizer(
+                torch.optim.SGD(model.parameters(), lr=1.0),
+                named_parameters=model.named_parameters(),
+                compression=compression,
+            )
+            train(model, optimizer, 0, 4)
+        assert len(read) >= 4
+        if has_readers:
+            assert all(torch.equal(gradient, before) for gradient, before in read)
+        finals.append([*model.parameters()])  # which the memories of all steps but the last have gone into
+    assert all(map(torch.equal, *finals))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("topk", {"k": 5}),
+        ("topk", {"k": 70}),  # some whole
+        ("topk", {"k": 5, "dense_below": 70, "exchange": "reduce_scatter"}),  # some small
+        ("topk", {"k": 5, "memory": "none"}),
+        ("topk", {"k": 5, "memory": "dgc"}),
+        ("topk", {"k": 5, "memory": "ef21", "dense_below": 70}),
+        ("topk", {"k": 5, "exchange": "hierarchical", "nodes": [0, 1]}),
+        ("topk", {"k": 5, "exchange": "auto"}),
+        ("qtopk", {"k": 5, "bits": 4}),
+        ("qsgd", {"bits": 4}),
+        ("adaptive_topk", {"ratio": 0.1, "exchanges": 4}),
+    ],
+)
+def test_gradients_that_others_read(world: World, name: str, settings: dict[str, Any]) -> None:
+    world.run(gradients_that_others_read, name, {"dense_below": 0, **settings})
+
+
 def test_whether_a_storage_has_readers(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, shared = torch.zeros(3), torch.zeros(3)
     others = [shared[:], shared[:], shared[:]]

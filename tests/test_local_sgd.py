@@ -399,10 +399,10 @@ def fails_after_the_exchange(where: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("where", "options"),
     [
-        ("decode", {}),
+        ("decode", {"bucket_cap_mb": 1e-6}),
         ("decode", {"exchange": "reduce_scatter"}),
         ("commit", {}),
-        ("subtract", {}),
+        ("subtract", {"bucket_cap_mb": 1e-6}),
         ("commit", {"exchange": "reduce_scatter"}),
         ("commit", {"exchange": "hierarchical", "nodes": [0, 1]}),
     ],

@@ -430,13 +430,16 @@ def test_add_encode_is_encode_of_the_sum(operator: Operator, dtype: torch.dtype)
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(500, dtype=dtype, generator=generator), torch.randn(500, dtype=dtype, generator=generator)
     total, addend = x + other, other.clone()
-    message = operator.add_encode(x, other, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(x, total)
-    assert torch.equal(other, addend)
     expected = operator.encode(total, generator=torch.Generator().manual_seed(1)).to_bytes()
-    assert message.to_bytes() == expected
-    x.fill_(9)  # the memory changes it at once
-    assert message.to_bytes() == expected
+    before = x.clone()
+    for out in (torch.empty_like(x), x):
+        assert torch.equal(x, before)
+        message = operator.add_encode(x, other, out, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(out, total)
+        assert torch.equal(other, addend)
+        assert message.to_bytes() == expected
+        out.fill_(9)  # the memory changes it at once
+        assert message.to_bytes() == expected
 
 
 @pytest.mark.parametrize("operator", EVERY, ids=repr)

@@ -59,9 +59,10 @@ def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
-def add_top_k(flat: Tensor, other: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same of ``flat.add_(other)``."""
-    indices, values = _native.add_top_k(flat.numpy(), other.numpy(), k, torch.get_num_threads(), _UNIT)
+def add_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same of ``torch.add(flat, other, out=out)``; ``out`` may be ``flat``."""
+    threads = torch.get_num_threads()
+    indices, values = _native.add_top_k(flat.numpy(), other.numpy(), out.numpy(), k, threads, _UNIT)
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 

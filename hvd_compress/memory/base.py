@@ -41,6 +41,10 @@ class Memory(ABC):
     feeds_back: ClassVar[bool] = False
     """Whether what an operator does wrong comes back to it, so that it explodes unless the operator contracts."""
 
+    only_adds: ClassVar[bool] = False
+    """Whether :meth:`compensate` returns its tensor first, without having looked at what it holds: that may then be
+    filled in later."""
+
     takes_back: ClassVar[bool] = False
     """Whether :meth:`take_back` is possible."""
 

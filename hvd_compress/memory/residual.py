@@ -26,6 +26,7 @@ class Residual(Memory):
     """
 
     feeds_back = True
+    only_adds = True
     takes_back = True
 
     def __init__(self, decay: float = 1.0) -> None:
@@ -91,6 +92,8 @@ class Residual(Memory):
 
 class NoMemory(Memory):
     """What was not sent is forgotten."""
+
+    only_adds = True
 
     def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tensor itself."""

@@ -43,17 +43,18 @@ class Operator(ABC):
             learns of an overflow on one of them.
         """
 
-    def add_encode(self, x: Tensor, other: Tensor, **draws: torch.Generator | None) -> Message:
-        """``x += other`` and :meth:`encode` of the sum, which some operators do in one pass over memory.
+    def add_encode(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
+        """:meth:`encode` of x + other, which ``out`` becomes: some operators do it in one pass over memory.
 
         A subclass of one of these that changes :meth:`encode` must change this too.
 
         Args:
             x: float32 or float64 ``[d]``, contiguous.
-            other: of the same shape, dtype and device; does not overlap ``x``.
+            other: of the same shape, dtype and device.
+            out: likewise; ``x`` itself, or else it overlaps neither.
             draws: what :meth:`encode` takes besides.
         """
-        return self.encode(x.add_(other), **draws)
+        return self.encode(torch.add(x, other, out=out), **draws)
 
     def __call__(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """C(x) as a receiver sees it: the shape and device of ``x``, float32 (float64 for float64)."""

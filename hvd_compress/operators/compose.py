@@ -92,10 +92,10 @@ class Composed(Operator):
         """See :meth:`Operator.encode`. What is shared chooses elements; each rank rounds by draws of its own."""
         return self._quantize(self.sparsifier.encode(x, **self._draws(generator, shared)), generator)
 
-    def add_encode(self, x: Tensor, other: Tensor, **draws: torch.Generator | None) -> Message:
+    def add_encode(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
         """See :meth:`Operator.add_encode`."""
         generator = draws.get("generator")
-        kept = self.sparsifier.add_encode(x, other, **self._draws(generator, draws.get("shared")))
+        kept = self.sparsifier.add_encode(x, other, out, **self._draws(generator, draws.get("shared")))
         return self._quantize(kept, generator)
 
     def _draws(

@@ -35,12 +35,12 @@ class TopK(Amount, Operator):
         indices, values = largest(flat, k)
         return Message(tuple(x.shape), indices, Floats(values))
 
-    def add_encode(self, x: Tensor, other: Tensor, **draws: torch.Generator | None) -> Message:
+    def add_encode(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
         """See :meth:`Operator.add_encode`."""
         k = self.count(x.numel())
-        if k == x.numel() or not native.serves(x, other):
-            return super().add_encode(x, other)
-        indices, values = native.add_top_k(x, other, k)
+        if k == x.numel() or not native.serves(x, other, out):
+            return super().add_encode(x, other, out)
+        indices, values = native.add_top_k(x, other, out, k)
         return Message(tuple(x.shape), indices, Floats(values))
 
 

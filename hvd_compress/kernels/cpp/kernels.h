@@ -27,10 +27,10 @@ std::vector<VectorUnit> vector_units();
 template <class Float>
 void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values);
 
-// The same of x + y, which x becomes on the way. The two do not overlap.
+// The same of x + y, which is written to a place that is x or does not overlap it, nor y.
 template <class Float>
-void add_top_k(Float* x, const Float* y, Index d, Index k, int threads, VectorUnit unit, Index* indices,
-               Float* values);
+void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
+               Index* indices, Float* values);
 
 // vectors.cpp
 template <class Float>

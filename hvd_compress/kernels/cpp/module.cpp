@@ -55,21 +55,24 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
 }
 
 template <class Float>
-py::tuple add_top_k_of(Array<Float>& flat, const Array<Float>& other, Index k, int threads, VectorUnit unit) {
+py::tuple add_top_k_of(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
+                       VectorUnit unit) {
     require_top_k(flat, k, unit);
     require_vector(other, "other");
-    require(other.size() == flat.size(), "the two vectors must be of one length");
+    require_vector(out, "out");
+    const Index d = flat.size();
+    require(other.size() == d && out.size() == d, "the vectors must be of one length");
     Array<Index> indices(k);
     Array<Float> values(k);
-    Float* x = flat.mutable_data();
-    const Float* y = other.data();
-    const Index d = flat.size();
-    require(x + d <= y || y + d <= x, "the two vectors must not overlap");
+    const Float *x = flat.data(), *y = other.data();
+    Float* to = out.mutable_data();
+    require(to == x || to + d <= x || x + d <= to, "flat and out must be the same or not overlap");
+    require(to + d <= y || y + d <= to, "other and out must not overlap");
     Index* i = indices.mutable_data();
     Float* v = values.mutable_data();
     {
         py::gil_scoped_release released;
-        add_top_k(x, y, d, k, threads, unit, i, v);
+        add_top_k(x, y, to, d, k, threads, unit, i, v);
     }
     return py::make_tuple(std::move(indices), std::move(values));
 }
@@ -361,8 +364,8 @@ py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
-    module.def("add_top_k", &add_top_k_of<Float>, "flat"_a.noconvert(), "other"_a.noconvert(), "k"_a, "threads"_a,
-               "unit"_a);
+    module.def("add_top_k", &add_top_k_of<Float>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
+               "k"_a, "threads"_a, "unit"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());
     module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),

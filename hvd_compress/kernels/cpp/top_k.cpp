@@ -34,13 +34,17 @@ Word magnitude(Word bits) {
 constexpr Index kBlock = 4096;  // elements between two looks at how many were collected
 constexpr Index kOverrun = 16;  // a vector store writes so far beyond what it keeps
 
-// What is selected from: x, or the sum of x and y, which takes the place of x as it is read.
+// What is selected from: x, or the sum of x and y, which is written to another place, that of x perhaps, as it is made.
 template <class Word, bool adds>
 struct Vector {
-    Word* x;  // not written to unless it adds
-    const Word* y;
+    const Word* x;
+    const Word* y;  // if it adds, like the next one
+    Word* to;
 
-    Vector from(Index at) const { return {x + at, adds ? y + at : nullptr}; }
+    Vector from(Index at) const { return {x + at, adds ? y + at : nullptr, adds ? to + at : nullptr}; }
+
+    // Where what is selected from lies, once it has been read.
+    const Word* made() const { return adds ? to : x; }
 };
 
 template <class Word>
@@ -89,12 +93,12 @@ inline Index append(Word64 found, const Word* x, Index base, Word* bits, Word* p
 template <class Word, bool adds>
 Index collect_portably(Vector<Word, adds> v, Index begin, Index end, Word threshold, Word* bits, Word* place,
                        Index count) {
-    Word* const x = v.x;
     for (Index i = begin; i < end; ++i) {
-        if constexpr (adds) x[i] = sum(x[i], v.y[i]);
-        bits[count] = x[i];
+        Word one = v.x[i];
+        if constexpr (adds) v.to[i] = one = sum(one, v.y[i]);
+        bits[count] = one;
         place[count] = static_cast<Word>(i);
-        count += (x[i] & kNoSign<Word>) >= threshold;
+        count += (one & kNoSign<Word>) >= threshold;
     }
     return count;
 }
@@ -104,23 +108,22 @@ template <bool adds>
 __attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(Vector<Word32, adds> from, Index begin, Index end,
                                                               Word32 threshold, Word32* bits, Word32* place,
                                                               Index count) {
-    Word32* const x = from.x;
     const __m256i no_sign = _mm256_set1_epi32(static_cast<int>(kNoSign<Word32>));
     const __m256i below = _mm256_set1_epi32(static_cast<int>(threshold - 1));  // signed: -1 is below everything
     Index i = begin;
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 8) {
-            __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + j));
+            __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.x + i + j));
             if constexpr (adds) {
                 const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.y + i + j));
                 v = _mm256_castps_si256(_mm256_add_ps(_mm256_castsi256_ps(v), _mm256_castsi256_ps(w)));
-                _mm256_storeu_si256(reinterpret_cast<__m256i*>(x + i + j), v);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(from.to + i + j), v);
             }
             const __m256i reaches = _mm256_cmpgt_epi32(_mm256_and_si256(v, no_sign), below);
             found |= Word64(_mm256_movemask_ps(_mm256_castsi256_ps(reaches)) & 0xFF) << j;
         }
-        count = append(found, x, i, bits, place, count);
+        count = append(found, from.made(), i, bits, place, count);
     }
     return collect_portably(from, i, end, threshold, bits, place, count);
 }
@@ -129,22 +132,21 @@ template <bool adds>
 __attribute__((target("avx512f,popcnt,bmi"))) Index collect_avx512(Vector<Word32, adds> from, Index begin, Index end,
                                                                    Word32 threshold, Word32* bits, Word32* place,
                                                                    Index count) {
-    Word32* const x = from.x;
     const __m512i no_sign = _mm512_set1_epi32(static_cast<int>(kNoSign<Word32>));
     const __m512i least = _mm512_set1_epi32(static_cast<int>(threshold));
     Index i = begin;
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 16) {
-            __m512i v = _mm512_loadu_si512(x + i + j);
+            __m512i v = _mm512_loadu_si512(from.x + i + j);
             if constexpr (adds) {
                 const __m512i w = _mm512_loadu_si512(from.y + i + j);
                 v = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(v), _mm512_castsi512_ps(w)));
-                _mm512_storeu_si512(x + i + j, v);
+                _mm512_storeu_si512(from.to + i + j, v);
             }
             found |= Word64{_mm512_cmpge_epu32_mask(_mm512_and_si512(v, no_sign), least)} << j;
         }
-        count = append(found, x, i, bits, place, count);
+        count = append(found, from.made(), i, bits, place, count);
     }
     return collect_portably(from, i, end, threshold, bits, place, count);
 }
@@ -333,7 +335,10 @@ void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUn
     };
     Word threshold = likely_threshold(vector, d, k);
     collect_from(vector, collect_with<Word, adds>(unit), threshold);
-    if (total < k) collect_from(Vector<Word, false>{vector.x, nullptr}, collect_with<Word, false>(unit), threshold = 0);
+    if (total < k) {
+        const Vector<Word, false> made{vector.made(), nullptr, nullptr};
+        collect_from(made, collect_with<Word, false>(unit), threshold = 0);
+    }
 
     const Kth<Word> kth = threshold ? kth_largest_above(spans, k, threshold) : kth_largest(spans.data(), spans.size(), k);
     Index equals = k - kth.above;
@@ -351,22 +356,23 @@ void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUn
 template <class Float>
 void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values) {
     using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
-    const Vector<Word, false> vector{reinterpret_cast<Word*>(const_cast<Float*>(x)), nullptr};
+    const Vector<Word, false> vector{reinterpret_cast<const Word*>(x), nullptr, nullptr};
     top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
 template <class Float>
-void add_top_k(Float* x, const Float* y, Index d, Index k, int threads, VectorUnit unit, Index* indices,
-               Float* values) {
+void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
+               Index* indices, Float* values) {
     using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
-    const Vector<Word, true> vector{reinterpret_cast<Word*>(x), reinterpret_cast<const Word*>(y)};
+    const Vector<Word, true> vector{reinterpret_cast<const Word*>(x), reinterpret_cast<const Word*>(y),
+                                    reinterpret_cast<Word*>(to)};
     top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
 template void top_k(const float*, Index, Index, int, VectorUnit, Index*, float*);
 template void top_k(const double*, Index, Index, int, VectorUnit, Index*, double*);
-template void add_top_k(float*, const float*, Index, Index, int, VectorUnit, Index*, float*);
-template void add_top_k(double*, const double*, Index, Index, int, VectorUnit, Index*, double*);
+template void add_top_k(const float*, const float*, float*, Index, Index, int, VectorUnit, Index*, float*);
+template void add_top_k(const double*, const double*, double*, Index, Index, int, VectorUnit, Index*, double*);
 
 std::vector<VectorUnit> vector_units() {
     std::vector<VectorUnit> units;
