@@ -195,7 +195,8 @@ class GradientCompressor(Compressor):
         assert self._parameters is not None
         p = self._parameters[name]
         if p.is_contiguous():
-            return values.view(p.shape).to(dtype)
+            values = values.view(p.shape)
+            return values if values.dtype == dtype else values.to(dtype)
         return torch.empty_like(p, dtype=dtype).copy_(values.view(p.shape))
 
     def _bound(self) -> AnyReducer:

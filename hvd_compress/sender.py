@@ -278,7 +278,8 @@ def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
     Elsewhere if ``into`` says so, or if the storage has another owner or more elements, to which its owner may write.
     Autograd's own gradients are no views.
     """
-    flat = tensor.detach().to(working_dtype(tensor.dtype)).reshape(-1)
+    flat, dtype = tensor.detach().reshape(-1), working_dtype(tensor.dtype)
+    flat = flat if flat.dtype == dtype else flat.to(dtype)
     if into is not None:
         return flat, into.view(-1)
     is_lent = tensor._is_view() and flat.data_ptr() == tensor.data_ptr()

@@ -44,8 +44,8 @@ class Residual(Memory):
     def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """decay · m + x, in place of x. A parameter's first m is 0."""
         before = self._residuals.get(name)
-        if before is not None:
-            before = before.to(tensor)
+        if before is not None and (before.device, before.dtype) != (tensor.device, tensor.dtype):
+            before = before.to(tensor)  # loaded, from a checkpoint on the CPU for instance
         self._residuals[name], self._before[name] = tensor, before
         return tensor, before if before is None or self._decay == 1 else before * self._decay
 

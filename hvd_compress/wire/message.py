@@ -110,7 +110,8 @@ class Message:
 
     def add_to(self, flat: Tensor, *, alpha: float = 1) -> None:
         """``flat += alpha * C(x)`` in place; ``flat`` is one-dimensional with :attr:`numel` elements."""
-        values = self.values.decode().to(flat.dtype)
+        values = self.values.decode()
+        values = values if values.dtype == flat.dtype else values.to(flat.dtype)
         if self.indices is None:
             flat.add_(values, alpha=alpha)
         else:
