@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import horovod.torch as hvd
@@ -477,16 +478,37 @@ class Compression(hvd.Compression):
         return COMPRESSORS[name](**settings)
 
 
+def _unknown(what: str, name: object, known: Iterable[str]) -> str:
+    return f"unknown {what} {name!r}{_nearest(name, known) or '.'} Known are: {', '.join(sorted(known))}"
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _naming_the_unknown(make: Callable[..., GradientCompressor]) -> Callable[..., GradientCompressor]:
+    """``make``, which says of a misspelt setting what it is, rather than which one is missing for that reason."""
+    own, shared = (inspect.signature(of).parameters for of in (make, Compression.of))
+    known = {name for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+    known |= {name for name, p in shared.items() if p.kind is p.KEYWORD_ONLY}
+
+    @wraps(make)
+    def checked(*args: Any, **settings: Any) -> GradientCompressor:
+        for name in settings.keys() - known:
+            called = f"Compression.{make.__name__}()"
+            raise TypeError(f"{called} got an unexpected keyword argument {name!r}{_nearest(name, known)}")
+        return make(*args, **settings)
+
+    return checked
+
+
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
 COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {
-    name: getattr(Compression, name)
+    name: _naming_the_unknown(getattr(Compression, name))
     for name, made in vars(Compression).items()
     if isinstance(made, staticmethod) and name not in ("of", "by_name")
 }
 """What takes settings, by name."""
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Known are: {', '.join(sorted(known))}"
+for _name, _made in (*COMPRESSORS.items(), ("of", _naming_the_unknown(Compression.of))):
+    setattr(Compression, _name, staticmethod(_made))

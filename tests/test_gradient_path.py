@@ -17,6 +17,8 @@ from world import World
 
 from hvd_compress import Compression, QsparseLocalSGD
 from hvd_compress import gradient as gradient_path
+from hvd_compress.compression import COMPRESSORS
+from hvd_compress.operators import TopK
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -875,6 +877,31 @@ def test_bad_settings(arguments: dict, error: type[Exception], text: str) -> Non
         Compression.topk(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("topk", {"rato": 0.1}, "topk.*'rato'; did you mean 'ratio'"),
+        ("topk", {"k": 1, "densebelow": 0}, "'densebelow'; did you mean 'dense_below'"),
+        ("adaptive_topk", {"rato": 0.1, "exchanges": 3}, "'rato'; did you mean 'ratio'"),
+        ("threshold", {"thresh": 0.1}, "'thresh'; did you mean 'threshold'"),
+        ("qsgd", {"bits": 4, "zzz": 1}, r"qsgd\(\) got an unexpected keyword argument 'zzz'$"),
+        ("dgc", {"warm_up": 10}, "'warm_up'; did you mean 'warmup'"),
+        ("cd_adam", {"operatr": None}, "'operatr'; did you mean 'operator'"),
+        ("of", {"operator": TopK(k=1), "sed": 3}, "'sed'; did you mean 'seed'"),
+    ],
+)
+def test_a_misspelt_setting_is_named(name: str, settings: dict[str, Any], text: str) -> None:
+    """Before anything is said of others that are missing for that reason."""
+    with pytest.raises(TypeError, match=text):
+        getattr(Compression, name)(**settings)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_compressor_knows_its_settings(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}.*'no_such_setting'"):
+        Compression.by_name(name, no_such_setting=1)
+
+
 def test_bad_settings_of_a_memory_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="momentum"):
         Compression.dgc(ratio=0.1, momentum=-1)
@@ -885,5 +912,9 @@ def test_by_name() -> None:
     assert Compression.by_name("topk", k=3).settings.operator.k == 3  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="did you mean 'topk'"):
         Compression.by_name("topkk")
+    with pytest.raises(ValueError, match="unknown compressor 'TopK'; did you mean 'topk'"):
+        Compression.by_name("TopK")
+    with pytest.raises(ValueError, match="unknown compressor 3. Known are"):
+        Compression.by_name(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="takes no settings"):
         Compression.by_name("none", k=3)
