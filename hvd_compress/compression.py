@@ -13,7 +13,7 @@ import torch
 from horovod.torch.compression import Compressor
 
 from .gradient import GradientCompressor
-from .memory import DGC, EF21, Memory, NoMemory, Residual, TwoSided
+from .memory import DGC, EF21, Memory, TwoSided
 from .operators import (
     CAT,
     QSGD,
@@ -33,13 +33,10 @@ from .operators import (
     compose,
 )
 from .schedules import Accordion, AdaptiveTopK, HardThreshold, Plan, WarmUp
-from .settings import Settings
+from .settings import MEMORIES, Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
-
-MEMORIES: dict[str, Callable[[], Memory]] = {"none": NoMemory, "residual": Residual, "dgc": DGC, "ef21": EF21}
-"""What ``memory=`` may be called."""
 
 
 class Compression(hvd.Compression):
@@ -433,7 +430,8 @@ class Compression(hvd.Compression):
                 nothing out; without ``memory="residual"`` nothing ever is.
 
         Raises:
-            TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
+            TypeError: a setting that there is not, or of the wrong kind: an ``operator`` that is none, a
+                ``named_parameters`` that is not pairs of name and parameter.
             ValueError: a setting out of its range, an unknown memory, parameter names that are not unique, or an
                 operator so coarse that a memory would feed its errors back until they explode.
         """
