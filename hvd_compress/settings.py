@@ -79,6 +79,12 @@ class Settings:
             )
         self._check_feedback(memory)
 
+    @property
+    def has_one_worker(self) -> bool:
+        """Whether messages travel between nodes, and there is only one. Horovod must be initialised."""
+        is_one_node = hvd.local_size() == hvd.size() if self.nodes is None else len({*self.nodes}) == 1
+        return self.exchange == "hierarchical" and is_one_node
+
     def _check_feedback(self, memory: Memory) -> None:
         if not isinstance(self.operator, Quantizer | Composed):
             return
