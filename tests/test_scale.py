@@ -574,6 +574,20 @@ def test_settings_that_cannot_be() -> None:
         )
 
 
+def draws_with_the_largest_seed() -> None:
+    """Each shard has a seed of its own, which is one of 64 bits too."""
+    model = Vectors(SHAPES)
+    compression = Compression.randk(ratio=0.1, dense_below=0, exchange="hierarchical", nodes=EVEN, seed=2**63 - 1)
+    optimizer = QsparseLocalSGD(sgd(model), named_parameters=model.named_parameters(), compression=compression)
+    step_of(model, optimizer, 0)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(4)
+def test_any_seed_will_do(world: World) -> None:
+    world.run(draws_with_the_largest_seed)
+
+
 def too_few_nodes() -> None:
     model = Vectors({"w": (30,)})
     optimizer, _ = on_path("local", model, k=3, exchange="hierarchical", nodes=[0])
