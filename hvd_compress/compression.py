@@ -498,6 +498,11 @@ def _naming_the_unknown(make: Callable[..., GradientCompressor]) -> Callable[...
             raise TypeError(f"{called} got an unexpected keyword argument {name!r}{_nearest(name, known)}")
         return make(*args, **settings)
 
+    def compress(*_: Any) -> None:
+        called = f"Compression.{make.__name__}"
+        raise TypeError(f"{called} makes compressors, unlike Compression.none and .fp16: give {called}(…)")
+
+    checked.compress = compress  # type: ignore[attr-defined]  # which Horovod would call
     return checked
 
 

@@ -111,7 +111,7 @@ def check_named_parameters(
         ValueError: none at all, or a name occurs twice.
     """
     pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
-    if any(not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)) for pair in pairs):
+    if not all(_is_named(pair) for pair in pairs):
         raise TypeError("named_parameters must be pairs of a name and a parameter: model.named_parameters()")
     names = [name for name, _ in pairs]
     if not names:
@@ -122,6 +122,10 @@ def check_named_parameters(
     if twice:
         raise ValueError(f"parameter names must be unique, these are not: {', '.join(twice)}")
     return dict(pairs)
+
+
+def _is_named(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
 @dataclass(frozen=True)

@@ -157,11 +157,15 @@ def _own(optimizer: torch.optim.Optimizer) -> set[int]:
 def _parameters_of(
     optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.nn.Parameter]:
-    """The optimizer's parameters by name, in the order of the names."""
-    own = _own(optimizer)
-    chosen = {name: p for name, p in named.items() if id(p) in own}
-    if len(chosen) != len(own):
-        raise ValueError(f"{len(own) - len(chosen)} of the optimizer's parameters are not in named_parameters")
+    """The optimizer's parameters by name, in the order of the names; of several names the first."""
+    left = _own(optimizer)
+    chosen = {}
+    for name, p in named.items():
+        if id(p) in left:
+            left.remove(id(p))
+            chosen[name] = p
+    if left:
+        raise ValueError(f"{len(left)} of the optimizer's parameters are not in named_parameters")
     return chosen
 
 

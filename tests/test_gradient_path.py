@@ -819,6 +819,19 @@ def refuses_strangers() -> None:
     del optimizer
 
 
+def refuses_a_compressor_that_was_not_made() -> None:
+    """Horovod's own are given as they are, ``Compression.fp16``."""
+    model = Vectors(SHAPES)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk,
+    )
+    with pytest.raises(TypeError, match=r"Compression\.topk makes compressors.*Compression\.topk\(…\)"):
+        model(gradients(hvd.rank(), 0)).backward()
+    del optimizer
+
+
 def refuses_what_is_no_gradient() -> None:
     compression, _optimizer = wrap(Vectors(SHAPES))
     for compressor in (compression, Compression.topk(k=5)):
@@ -843,6 +856,7 @@ def refuses_sparse_in_groups() -> None:
         refuses_unbound,
         unbound_with_sparse_gradients_only,
         refuses_strangers,
+        refuses_a_compressor_that_was_not_made,
         refuses_what_is_no_gradient,
         refuses_sparse_in_groups,
     ],
@@ -881,6 +895,7 @@ def test_it_is_a_compressor_of_horovods() -> None:
         ({"k": 1, "nodes": iter([0, 1])}, TypeError, "nodes must be an integer for each rank"),
         ({"k": 1, "named_parameters": torch.nn.Linear(2, 2)}, TypeError, r"pairs .*: model\.named_parameters\(\)"),
         ({"k": 1, "named_parameters": 3}, TypeError, "pairs"),
+        ({"k": 1, "named_parameters": enumerate([torch.zeros(1)])}, TypeError, "pairs"),
         ({"k": 1, "named_parameters": []}, ValueError, "empty"),
         ({"k": 1, "named_parameters": [torch.zeros(1)]}, TypeError, "pairs"),
         ({"k": 1, "named_parameters": [("w", torch.zeros(1)), ("w", torch.zeros(2))]}, ValueError, "unique"),

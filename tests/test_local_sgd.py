@@ -972,6 +972,19 @@ def test_bad_arguments(arguments: dict, error: type[Exception], text: str) -> No
         QsparseLocalSGD(**{**usual, **arguments})
 
 
+def test_a_parameter_of_two_names_has_the_first() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    model[1].weight = model[0].weight
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(remove_duplicate=False),
+        compression=Compression.topk(k=3),
+        sync_every=2,
+    )
+    optimizer.step()
+    assert list(optimizer.ledger.tensors) == ["0.weight", "0.bias", "1.bias"]
+
+
 def test_a_changed_model_needs_a_new_optimizer() -> None:
     model = Vectors(SHAPES)
     with pytest.raises(NotImplementedError, match="new QsparseLocalSGD"):
