@@ -39,6 +39,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from .checks import check_numbers
 from .membership import Change, members
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -84,8 +85,8 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, communicator: MPI.Intracomm | None = None
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be 1 or more, got {keep}")
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep must be a number of checkpoints ≥ 1, got {keep!r}")
         self.directory = Path(directory)
         self.keep = keep
         self._communicator = _private(communicator)
@@ -238,6 +239,10 @@ class Interruption:
         timeout: seconds that a rank waits in :meth:`agreed` for the others, before it ends the job with the names of
             those who are missing.
         communicator: mpi4py's, of all of Horovod's ranks in their order; None for MPI's world.
+
+    Raises:
+        TypeError, ValueError: ``timeout`` is not a positive number.
+        RankMismatchError: mpi4py and Horovod do not see the same ranks.
     """
 
     def __init__(
@@ -247,6 +252,9 @@ class Interruption:
         timeout: float = 600.0,
         communicator: MPI.Intracomm | None = None,
     ) -> None:
+        check_numbers(timeout=timeout)
+        if not timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self._communicator = _private(communicator)
         from .exchange import Watch
 

@@ -23,7 +23,7 @@ import torch
 from models import through_a_file
 from world import World, environment, launch, mpirun_command
 
-from hvd_compress import Checkpoints, random_state, set_random_state
+from hvd_compress import Checkpoints, Interruption, random_state, set_random_state
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -90,6 +90,18 @@ if __name__ == "__main__":
         seen += 1
     print(seen, interruption.requested, flush=True)
 """
+
+
+@pytest.mark.parametrize("keep", [0, 1.5, "2", True])
+def test_keep_is_a_number_of_checkpoints(keep: Any) -> None:
+    with pytest.raises(ValueError, match="keep must be a number of checkpoints ≥ 1, got"):
+        Checkpoints("nowhere", keep=keep)
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(-1.0, ValueError), (0, ValueError), (None, TypeError)])
+def test_an_interruption_waits_for_a_time(timeout: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="timeout must be"):
+        Interruption(timeout=timeout)
 
 
 def save_and_load(directory: str) -> None:
