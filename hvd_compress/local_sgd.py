@@ -38,7 +38,8 @@ class QsparseLocalSGD(Wrapped):
     Batch-norm statistics are buffers, not parameters: as in the paper, each rank keeps its own.
 
     Args:
-        optimizer: any torch optimizer; this one's ``param_groups`` and ``state`` are shared with it.
+        optimizer: any torch optimizer; this one's ``param_groups`` and ``state`` are shared with it. Horovod's only
+            if it averages inside nodes, for two levels (docs/scale.md).
         named_parameters: ``model.named_parameters()``, all of the optimizer's parameters among them.
         compression: ``Compression.topk(…)`` and its like; ``Compression.none`` and ``fp16`` average through
             Horovod's allreduce.

@@ -55,7 +55,7 @@ class Settings:
         check_process_set("node_process_set", self.node_process_set)
         if self.communicator is not None and not hasattr(self.communicator, "Create_group"):
             raise TypeError(f"communicator must be mpi4py's, or None for MPI's world, got {self.communicator!r}")
-        if self.grad_scaler is not None and not isinstance(self.grad_scaler, torch.amp.GradScaler):
+        if self.grad_scaler is not None and not hasattr(self.grad_scaler, "get_scale"):
             raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {self.grad_scaler!r}")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")

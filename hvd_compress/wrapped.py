@@ -42,7 +42,7 @@ class Wrapped(torch.optim.Optimizer):
         self.optimizer = optimizer
         vars(self).update({name: of for name, of in vars(optimizer).items() if name.endswith("_hooks")})
         self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
-        self._known = _own(optimizer)
+        self._known = _ids_of(optimizer)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -106,9 +106,9 @@ class Wrapped(torch.optim.Optimizer):
         """
         if not _is_horovods(type(self.optimizer)) or (settings is not None and settings.has_one_worker):
             return
-        averaged = getattr(self.optimizer, "process_set", hvd.global_process_set)
+        averaged = getattr(self.optimizer, "process_set", hvd.global_process_set)  # Adasum's has none
         together = process_set or (settings and settings.process_set) or hvd.global_process_set
-        if {*(together.ranks or ())} <= {*(averaged.ranks or ())}:
+        if together.ranks and {*together.ranks} <= {*averaged.ranks}:
             raise ValueError(
                 "hvd.DistributedOptimizer averages gradients over all ranks in every step, uncompressed, which local "
                 f"steps are to avoid: give {type(self).__name__} the plain optimizer, or let it average inside each "
@@ -116,7 +116,7 @@ class Wrapped(torch.optim.Optimizer):
             )
 
     def _local_step(self, closure: Callable[[], float] | None) -> float | None:
-        strange = _own(self.optimizer) - self._known
+        strange = _ids_of(self.optimizer) - self._known
         if strange:
             raise RuntimeError(
                 f"the wrapped optimizer was given {len(strange)} parameter(s) that would not be exchanged: make a "
@@ -150,7 +150,7 @@ def _is_horovods(kind: type) -> bool:
     return hasattr(kind, "skip_synchronize")
 
 
-def _own(optimizer: torch.optim.Optimizer) -> set[int]:
+def _ids_of(optimizer: torch.optim.Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
@@ -158,7 +158,7 @@ def _parameters_of(
     optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.nn.Parameter]:
     """The optimizer's parameters by name, in the order of the names; of several names the first."""
-    left = _own(optimizer)
+    left = _ids_of(optimizer)
     chosen = {}
     for name, p in named.items():
         if id(p) in left:
