@@ -10,10 +10,11 @@ from typing import Any, Literal
 import horovod.torch as hvd
 import torch
 
+from .checks import check_numbers
 from .gradient import GradientCompressor
 from .ledger import Ledger
 from .local_sgd import check_period
-from .membership import members
+from .membership import check_process_set, members
 from .memory import DGC
 from .remote import Pace, RemoteModel
 from .wrapped import Wrapped, checksum, load_together
@@ -101,12 +102,15 @@ class AsyncQsparseLocalSGD(Wrapped):
             raise ValueError(f"total_steps must be a number ≥ 1, got {total_steps!r}")
         if mode == "logical" and total_steps is None:
             raise ValueError("mode='logical' needs total_steps=…: the servers must know every rank's last exchange")
+        check_numbers(timeout=timeout, max_staleness=max_staleness or 0)
         if max_staleness is not None and (mode == "logical" or not max_staleness >= 0):
             raise ValueError(f"max_staleness must be ≥ 0, and is for mode='free-running', got {max_staleness!r}")
         if servers is not None and (not isinstance(servers, int) or servers < 1):
             raise ValueError(f"servers must be a number ≥ 1, got {servers!r}")
         if not timeout > 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
+        check_process_set("process_set", process_set)
+        self._refuse_averaged(settings, process_set)
         if process_set is not None and settings.process_set not in (None, process_set):
             raise ValueError("compression and AsyncQsparseLocalSGD were given different process sets")
         # Configuration
@@ -162,7 +166,8 @@ class AsyncQsparseLocalSGD(Wrapped):
         With ``torch.amp.GradScaler``, a step that overflows on this rank changes nothing here but counts.
 
         Raises:
-            RuntimeError: ``total_steps`` were taken before.
+            RuntimeError: ``total_steps`` were taken before, or the wrapped optimizer was given parameters that this
+                one does not know.
             NonFiniteError: this rank's parameters moved to inf or NaN since its last exchange. These steps are
                 dropped, it has the current model, and its memory is as it was; the other ranks go on.
             PeerError: another rank, or a server, has failed; the run cannot go on.

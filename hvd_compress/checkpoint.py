@@ -39,6 +39,7 @@ import horovod.torch as hvd
 import numpy as np
 import torch
 
+from .checks import check_numbers
 from .membership import Change, members
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -84,8 +85,8 @@ class Checkpoints:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, communicator: MPI.Intracomm | None = None
     ) -> None:
-        if keep < 1:
-            raise ValueError(f"keep must be 1 or more, got {keep}")
+        if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+            raise ValueError(f"keep must be a number of checkpoints ≥ 1, got {keep!r}")
         self.directory = Path(directory)
         self.keep = keep
         self._communicator = _private(communicator)
@@ -102,7 +103,7 @@ class Checkpoints:
 
         Raises:
             ValueError: the ranks are at different steps, or ``step`` is negative, or the directory has a checkpoint
-                of a later one, another run's for instance.
+                of a later one, another run's for instance; or some rank's ``state`` holds what could not be loaded.
             OSError: it could not be written on some rank; every rank raises, and the checkpoints from before stand.
         """
         steps = self._communicator.allgather(step)
@@ -120,6 +121,8 @@ class Checkpoints:
         self._on_first_rank(lambda: self._make_room(partial))
         _, problem = _attempt(lambda: self._write(partial / _file(self._rank), step, state))
         self._raise_if_any(self._communicator.allgather(problem))
+        _, problem = _attempt(lambda: _check_loads(partial / _file(self._rank)))
+        self._raise_if_any(self._communicator.allgather(problem), ValueError)
         self._on_first_rank(lambda: self._complete(partial, self._path(step)))
 
     def load(self, *, map_location: torch.device | str = "cpu", resize: Resize | None = None) -> Checkpoint | None:
@@ -238,6 +241,10 @@ class Interruption:
         timeout: seconds that a rank waits in :meth:`agreed` for the others, before it ends the job with the names of
             those who are missing.
         communicator: mpi4py's, of all of Horovod's ranks in their order; None for MPI's world.
+
+    Raises:
+        TypeError, ValueError: ``timeout`` is not a positive number.
+        RankMismatchError: mpi4py and Horovod do not see the same ranks.
     """
 
     def __init__(
@@ -247,6 +254,9 @@ class Interruption:
         timeout: float = 600.0,
         communicator: MPI.Intracomm | None = None,
     ) -> None:
+        check_numbers(timeout=timeout)
+        if not timeout > 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
         self._communicator = _private(communicator)
         from .exchange import Watch
 
@@ -341,6 +351,17 @@ def _read(file: Path, map_location: torch.device | str) -> dict[str, Any]:
         return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise OSError(f"{file} cannot be read ({error}); to go on from an older one, delete its directory") from error
+
+
+def _check_loads(file: Path) -> None:
+    """Raise ValueError if what is saved is more than tensors and plain values, a numpy number for instance."""
+    try:
+        torch.load(str(file), map_location="cpu", weights_only=True, mmap=True)  # which reads no tensor
+    except Exception as error:
+        raise ValueError(
+            f"{file} could not be loaded again: a state holds tensors, numbers, strings, lists and dictionaries; "
+            f"float(…) makes a number of numpy's one of Python's ({error})"
+        ) from error
 
 
 def _check(path: Path, contents: Sequence[Mapping[str, Any]], saved_by: int) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Literal
 
 import horovod.torch as hvd
@@ -12,7 +13,7 @@ import torch
 from horovod.torch.compression import Compressor
 
 from .gradient import GradientCompressor
-from .memory import DGC, EF21, Memory, NoMemory, Residual, TwoSided
+from .memory import DGC, EF21, Memory, TwoSided
 from .operators import (
     CAT,
     QSGD,
@@ -32,13 +33,10 @@ from .operators import (
     compose,
 )
 from .schedules import Accordion, AdaptiveTopK, HardThreshold, Plan, WarmUp
-from .settings import Settings
+from .settings import MEMORIES, Settings
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
-
-MEMORIES: dict[str, Callable[[], Memory]] = {"none": NoMemory, "residual": Residual, "dgc": DGC, "ef21": EF21}
-"""What ``memory=`` may be called."""
 
 
 class Compression(hvd.Compression):
@@ -432,7 +430,8 @@ class Compression(hvd.Compression):
                 nothing out; without ``memory="residual"`` nothing ever is.
 
         Raises:
-            TypeError: ``operator`` is not an operator, or ``named_parameters`` not pairs of name and parameter.
+            TypeError: a setting that there is not, or of the wrong kind: an ``operator`` that is none, a
+                ``named_parameters`` that is not pairs of name and parameter.
             ValueError: a setting out of its range, an unknown memory, parameter names that are not unique, or an
                 operator so coarse that a memory would feed its errors back until they explode.
         """
@@ -477,16 +476,42 @@ class Compression(hvd.Compression):
         return COMPRESSORS[name](**settings)
 
 
+def _unknown(what: str, name: object, known: Iterable[str]) -> str:
+    return f"unknown {what} {name!r}{_nearest(name, known) or '.'} Known are: {', '.join(sorted(known))}"
+
+
+def _nearest(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _naming_the_unknown(make: Callable[..., GradientCompressor]) -> Callable[..., GradientCompressor]:
+    """``make``, which says of a misspelt setting what it is, rather than which one is missing for that reason."""
+    own, shared = (inspect.signature(of).parameters for of in (make, Compression.of))
+    known = {name for name, p in own.items() if p.kind is not p.VAR_KEYWORD}
+    known |= {name for name, p in shared.items() if p.kind is p.KEYWORD_ONLY}
+
+    @wraps(make)
+    def checked(*args: Any, **settings: Any) -> GradientCompressor:
+        for name in settings.keys() - known:
+            called = f"Compression.{make.__name__}()"
+            raise TypeError(f"{called} got an unexpected keyword argument {name!r}{_nearest(name, known)}")
+        return make(*args, **settings)
+
+    def compress(*_: Any) -> None:
+        called = f"Compression.{make.__name__}"
+        raise TypeError(f"{called} makes compressors, unlike Compression.none and .fp16: give {called}(…)")
+
+    checked.compress = compress  # type: ignore[attr-defined]  # which Horovod would call
+    return checked
+
+
 _PLAIN: dict[str, type[Compressor]] = {"none": Compression.none, "fp16": Compression.fp16}
 COMPRESSORS: dict[str, Callable[..., GradientCompressor]] = {
-    name: getattr(Compression, name)
+    name: _naming_the_unknown(getattr(Compression, name))
     for name, made in vars(Compression).items()
     if isinstance(made, staticmethod) and name not in ("of", "by_name")
 }
 """What takes settings, by name."""
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {what} {name!r}{hint} Known are: {', '.join(sorted(known))}"
+for _name, _made in (*COMPRESSORS.items(), ("of", _naming_the_unknown(Compression.of))):
+    setattr(Compression, _name, staticmethod(_made))

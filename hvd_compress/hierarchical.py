@@ -171,7 +171,7 @@ class HierarchicalReducer(Member):
             memory=self._memory,
             dense_below=self._dense_below,
             buckets=[[name for name in names if name in shapes] for names in self._buckets],
-            seed=self._seed + shard,  # so that shards draw independently
+            seed=(self._seed + shard + 2**63) % 2**64 - 2**63,  # so that shards draw independently; 64 bits
             ledger=self._ledger,
             agree=self._agree,
         )

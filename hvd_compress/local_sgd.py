@@ -12,9 +12,11 @@ from horovod.torch.compression import Compressor
 from torch import Tensor
 
 from .averages import averager
+from .checks import check_numbers
 from .errors import NonFiniteError
 from .gradient import GradientCompressor
 from .ledger import Ledger
+from .membership import check_process_set
 from .wrapped import Wrapped, checksum, load_together
 
 STATE_KEY = "qsparse_local_sgd"
@@ -36,7 +38,8 @@ class QsparseLocalSGD(Wrapped):
     Batch-norm statistics are buffers, not parameters: as in the paper, each rank keeps its own.
 
     Args:
-        optimizer: any torch optimizer; this one's ``param_groups`` and ``state`` are shared with it.
+        optimizer: any torch optimizer; this one's ``param_groups`` and ``state`` are shared with it. Horovod's only
+            if it averages inside nodes, for two levels (docs/scale.md).
         named_parameters: ``model.named_parameters()``, all of the optimizer's parameters among them.
         compression: ``Compression.topk(…)`` and its like; ``Compression.none`` and ``fp16`` average through
             Horovod's allreduce.
@@ -75,15 +78,20 @@ class QsparseLocalSGD(Wrapped):
         super().__init__(optimizer, named_parameters)
         if not callable(sync_every):
             check_period(sync_every)
+        check_numbers(look_ahead=look_ahead)
         if not 0 <= look_ahead <= 1:
             raise ValueError(f"look_ahead must be in [0, 1], got {look_ahead!r}")
-        if forget_at_drop is not None and not 0 < forget_at_drop < 1:
-            raise ValueError(f"forget_at_drop must be between 0 and 1, or None, got {forget_at_drop!r}")
+        if forget_at_drop is not None:
+            check_numbers(forget_at_drop=forget_at_drop)
+            if not 0 < forget_at_drop < 1:
+                raise ValueError(f"forget_at_drop must be between 0 and 1, or None, got {forget_at_drop!r}")
+        check_process_set("process_set", process_set)
         # Configuration
         self.sync_every = sync_every
         self._look_ahead = look_ahead
         self._forget_at_drop = forget_at_drop
         self._average = averager(compression, process_set, self._parameters)
+        self._refuse_averaged(getattr(compression, "settings", None), process_set)
         if look_ahead and compression not in (hvd.Compression.none, hvd.Compression.fp16):
             self._average.residual("")  # complains of a memory that is no residual
         # State
@@ -91,7 +99,7 @@ class QsparseLocalSGD(Wrapped):
             name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self._parameters.items()
         }
         self._starts = dict(self._anchors)  # where the local steps began: the same tensors, unless looked ahead
-        self.outer = None if outer is None else outer(list(self._anchors.values()))
+        self.outer = None if outer is None else _outer(outer, list(self._anchors.values()))
         self._local_steps = 0  # since the last exchange
         self._steps = 0  # in all
         self._lr: float | None = None  # largest of the groups', at the last exchange
@@ -111,6 +119,7 @@ class QsparseLocalSGD(Wrapped):
         With ``torch.amp.GradScaler``, a step that overflows on this rank changes nothing here but counts.
 
         Raises:
+            RuntimeError: the wrapped optimizer was given parameters that this one does not know.
             NonFiniteError, PeerError, RankMismatchError, WireError: see :meth:`synchronize`.
         """
         with self._one_step():
@@ -294,6 +303,18 @@ class QsparseLocalSGD(Wrapped):
         )
 
 
+def _outer(make: Callable[[list[Tensor]], torch.optim.Optimizer], anchors: list[Tensor]) -> torch.optim.Optimizer:
+    made = make(anchors) if callable(make) else None
+    if not isinstance(made, torch.optim.Optimizer):
+        raise TypeError(
+            "outer must be a function that makes an optimizer of the parameters that it is called with, lambda x: "
+            f"torch.optim.SGD(x, lr=0.7) for instance, got {make!r}"
+        )
+    if {id(p) for group in made.param_groups for p in group["params"]} != {*map(id, anchors)}:
+        raise ValueError(f"outer must make an optimizer of all the parameters that it is called with, got {made!r}")
+    return made
+
+
 _PARTS = ("inner", "chosen")  # keys of a state under which there is that of an exchange within another
 
 
@@ -313,8 +334,10 @@ def post_local(first: int, then: int) -> Callable[[int], bool]:
     """``sync_every`` for post-local SGD (arXiv 1808.07217): after each of the ``first`` steps, then every ``then``.
 
     Raises:
-        ValueError: ``then`` is less than 1.
+        ValueError: ``first`` is less than 0, or ``then`` less than 1.
     """
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ValueError(f"first must be a number of steps ≥ 0, got {first!r}")
     check_period(then)
     return lambda step: step <= first or (step - first) % then == 0
 
@@ -324,8 +347,11 @@ def sync_at(steps: Iterable[int]) -> Callable[[int], bool]:
 
     Raises:
         ValueError: one of them is less than 1.
+        TypeError: one of them is no integer.
     """
-    indices = frozenset(steps)
+    indices = frozenset(steps if isinstance(steps, Iterable) else [None])
+    if any(isinstance(step, bool) or not isinstance(step, int) for step in indices):
+        raise TypeError(f"sync_at takes a list of step numbers, got {steps!r}")
     if min(indices, default=1) < 1:
         raise ValueError(f"sync indices count steps from 1, got {min(indices)}")
     return indices.__contains__
@@ -334,4 +360,7 @@ def sync_at(steps: Iterable[int]) -> Callable[[int], bool]:
 def check_period(steps: object) -> None:
     """Raise ValueError unless ``steps`` is a whole number from 1 on."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"sync_every must be a number of steps ≥ 1, or a function of the step, got {steps!r}")
+        raise ValueError(
+            "sync_every must be a number of steps ≥ 1, or a function of the step, as sync_at([4, 8]) makes one of a "
+            f"list; got {steps!r}"
+        )

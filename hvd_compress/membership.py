@@ -95,6 +95,12 @@ def _process_sets() -> dict[int, list[int]]:
     return hvd_process_sets._basics._get_process_set_ids_and_ranks()
 
 
+def check_process_set(name: str, process_set: hvd.ProcessSet | None) -> None:
+    """Raise TypeError unless it is one, or None."""
+    if process_set is not None and not isinstance(process_set, hvd.ProcessSet):
+        raise TypeError(f"{name} must be hvd.ProcessSet([…]), which Horovod knows, or None, got {process_set!r}")
+
+
 def check_named_parameters(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
 ) -> dict[str, torch.nn.Parameter]:
@@ -104,8 +110,8 @@ def check_named_parameters(
         TypeError: not pairs of a name and a tensor.
         ValueError: none at all, or a name occurs twice.
     """
-    pairs = list(named_parameters)
-    if any(not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Tensor)) for pair in pairs):
+    pairs = list(named_parameters) if isinstance(named_parameters, Iterable) else [named_parameters]
+    if not all(_is_named(pair) for pair in pairs):
         raise TypeError("named_parameters must be pairs of a name and a parameter: model.named_parameters()")
     names = [name for name, _ in pairs]
     if not names:
@@ -116,6 +122,10 @@ def check_named_parameters(
     if twice:
         raise ValueError(f"parameter names must be unique, these are not: {', '.join(twice)}")
     return dict(pairs)
+
+
+def _is_named(pair: object) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import horovod.torch as hvd
 import torch
 
-from .memory import Memory
+from .checks import check_numbers
+from .membership import check_process_set
+from .memory import DGC, EF21, Memory, NoMemory, Residual
 from .operators import Composed, Operator, Quantizer, typical_error
 from .schedules import Plan
 
@@ -19,6 +21,9 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI
 
 EXCHANGES = ("allgather", "hierarchical", "reduce_scatter", "auto")
 """What ``exchange=`` may be."""
+
+MEMORIES: dict[str, Callable[[], Memory]] = {"none": NoMemory, "residual": Residual, "dgc": DGC, "ef21": EF21}
+"""What ``memory=`` may be called."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,17 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator | Plan):
-            raise TypeError(f"operator must be an Operator or a Plan of hvd_compress, got {self.operator!r}")
+            raise TypeError(
+                "operator must be an Operator or a Plan of hvd_compress, as TopK(ratio=0.01) is (names are for "
+                f"Compression.by_name), got {self.operator!r}"
+            )
+        check_numbers(bucket_cap_mb=self.bucket_cap_mb, timeout=self.timeout, reselect=self.reselect)
+        check_process_set("process_set", self.process_set)
+        check_process_set("node_process_set", self.node_process_set)
+        if self.communicator is not None and not hasattr(self.communicator, "Create_group"):
+            raise TypeError(f"communicator must be mpi4py's, or None for MPI's world, got {self.communicator!r}")
+        if self.grad_scaler is not None and not hasattr(self.grad_scaler, "get_scale"):
+            raise TypeError(f"grad_scaler must be a torch.amp.GradScaler or None, got {self.grad_scaler!r}")
         if isinstance(self.dense_below, bool) or not isinstance(self.dense_below, int) or self.dense_below < 0:
             raise ValueError(f"dense_below must be a number of elements ≥ 0, got {self.dense_below!r}")
         if not self.bucket_cap_mb > 0:
@@ -52,13 +67,23 @@ class Settings:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout!r}")
         if self.exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}")
-        if self.nodes is not None and any(isinstance(n, bool) or not isinstance(n, int) for n in self.nodes):
+        if self.nodes is not None and not _are_integers(self.nodes):
             raise TypeError(f"nodes must be an integer for each rank, got {self.nodes!r}")
-        if self.node_process_set is not None and not isinstance(self.node_process_set, hvd.ProcessSet):
-            raise TypeError(f"node_process_set must be one of Horovod's, got {self.node_process_set!r}")
         if not self.reselect > 0:
             raise ValueError(f"reselect must be positive, got {self.reselect!r}")
-        self._check_feedback(self.memory())  # which refuses settings of its own
+        memory = self.memory() if callable(self.memory) else self.memory  # which refuses settings of its own
+        if not isinstance(memory, Memory) or memory is self.memory:
+            raise TypeError(
+                f"memory must be one of {', '.join(map(repr, MEMORIES))}, or a function that makes a memory "
+                f"(Residual, not Residual()), got {self.memory!r}"
+            )
+        self._check_feedback(memory)
+
+    @property
+    def has_one_worker(self) -> bool:
+        """Whether messages travel between nodes, and there is only one. Horovod must be initialised."""
+        is_one_node = hvd.local_size() == hvd.size() if self.nodes is None else len({*self.nodes}) == 1
+        return self.exchange == "hierarchical" and is_one_node
 
     def _check_feedback(self, memory: Memory) -> None:
         if not isinstance(self.operator, Quantizer | Composed):
@@ -70,3 +95,7 @@ class Settings:
                 "that back to it, so that it would explode: use more bits, norm='max', a smaller bucket=…, "
                 "scaled=True behind a sparsifier, or memory='none'"
             )
+
+
+def _are_integers(nodes: object) -> bool:
+    return isinstance(nodes, Sequence) and all(isinstance(n, int) and not isinstance(n, bool) for n in nodes)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import horovod.torch as hvd
 import torch
 from torch import Tensor
 
 from .membership import check_named_parameters
+from .settings import Settings
 
 
 class Wrapped(torch.optim.Optimizer):
@@ -21,8 +23,13 @@ class Wrapped(torch.optim.Optimizer):
         named_parameters: names of all its parameters; of more, if you like.
 
     Raises:
-        TypeError, ValueError: no optimizer, or one of its parameters has no name.
+        TypeError, ValueError: no optimizer, or one that exchanges by itself, or one of its parameters has no name.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if _is_horovods(cls):
+            raise TypeError(f"{cls.__name__} exchanges by itself: use it without hvd.DistributedOptimizer around it")
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]
@@ -30,9 +37,12 @@ class Wrapped(torch.optim.Optimizer):
         # The base class's own __init__ would build param_groups anew: they are the wrapped optimizer's.
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}")
+        if isinstance(optimizer, Wrapped):
+            raise TypeError(f"{type(optimizer).__name__} already takes local steps: give its optimizer")
         self.optimizer = optimizer
         vars(self).update({name: of for name, of in vars(optimizer).items() if name.endswith("_hooks")})
         self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
+        self._known = _ids_of(optimizer)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -89,7 +99,29 @@ class Wrapped(torch.optim.Optimizer):
                 self.__dict__.pop(finding, None)
             raise
 
+    def _refuse_averaged(self, settings: Settings | None, process_set: hvd.ProcessSet | None) -> None:
+        """Raise ValueError if all ranks that would exchange parameters have averaged their gradients already.
+
+        With nodes for workers, the ranks of a node may do so; on a cluster of one node these are all.
+        """
+        if not _is_horovods(type(self.optimizer)) or (settings is not None and settings.has_one_worker):
+            return
+        averaged = getattr(self.optimizer, "process_set", hvd.global_process_set)  # Adasum's has none
+        together = process_set or (settings and settings.process_set) or hvd.global_process_set
+        if together.ranks and {*together.ranks} <= {*averaged.ranks}:
+            raise ValueError(
+                "hvd.DistributedOptimizer averages gradients over all ranks in every step, uncompressed, which local "
+                f"steps are to avoid: give {type(self).__name__} the plain optimizer, or let it average inside each "
+                "node only, process_set=hvd_compress.node_process_set()"
+            )
+
     def _local_step(self, closure: Callable[[], float] | None) -> float | None:
+        strange = _ids_of(self.optimizer) - self._known
+        if strange:
+            raise RuntimeError(
+                f"the wrapped optimizer was given {len(strange)} parameter(s) that would not be exchanged: make a "
+                f"new {type(self).__name__} after changing the model, on all ranks"
+            )
         if bool(getattr(self, "found_inf", False)):
             return None
         scale = getattr(self, "grad_scale", None)
@@ -113,14 +145,27 @@ def load_together(states: Sequence[tuple[torch.optim.Optimizer, dict[str, Any]]]
         raise
 
 
+def _is_horovods(kind: type) -> bool:
+    """Whether it is hvd.DistributedOptimizer's, which makes a subclass of the optimizer's own class."""
+    return hasattr(kind, "skip_synchronize")
+
+
+def _ids_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
 def _parameters_of(
     optimizer: torch.optim.Optimizer, named: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.nn.Parameter]:
-    """The optimizer's parameters by name, in the order of the names."""
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    chosen = {name: p for name, p in named.items() if id(p) in own}
-    if len(chosen) != len(own):
-        raise ValueError(f"{len(own) - len(chosen)} of the optimizer's parameters are not in named_parameters")
+    """The optimizer's parameters by name, in the order of the names; of several names the first."""
+    left = _ids_of(optimizer)
+    chosen = {}
+    for name, p in named.items():
+        if id(p) in left:
+            left.remove(id(p))
+            chosen[name] = p
+    if left:
+        raise ValueError(f"{len(left)} of the optimizer's parameters are not in named_parameters")
     return chosen
 
 

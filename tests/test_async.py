@@ -860,6 +860,9 @@ def test_steps_are_counted(world: World) -> None:
         ({"compression": Compression.none}, TypeError, r"Compression.topk\(ratio=1.0\)"),
         ({"compression": Compression.ef21(k=5)}, TypeError, "messages of all ranks"),
         ({"optimizer": None}, TypeError, "optimizer must be"),
+        ({"timeout": None}, TypeError, "timeout must be a number"),
+        ({"max_staleness": "3"}, TypeError, "max_staleness must be a number"),
+        ({"process_set": 3}, TypeError, r"process_set must be hvd\.ProcessSet"),
     ],
 )
 def test_bad_arguments(arguments: dict, error: type[Exception], text: str) -> None:

@@ -23,7 +23,7 @@ import torch
 from models import through_a_file
 from world import World, environment, launch, mpirun_command
 
-from hvd_compress import Checkpoints, random_state, set_random_state
+from hvd_compress import Checkpoints, Interruption, random_state, set_random_state
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -92,6 +92,18 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.parametrize("keep", [0, 1.5, "2", True])
+def test_keep_is_a_number_of_checkpoints(keep: Any) -> None:
+    with pytest.raises(ValueError, match="keep must be a number of checkpoints ≥ 1, got"):
+        Checkpoints("nowhere", keep=keep)
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(-1.0, ValueError), (0, ValueError), (None, TypeError)])
+def test_an_interruption_waits_for_a_time(timeout: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="timeout must be"):
+        Interruption(timeout=timeout)
+
+
 def save_and_load(directory: str) -> None:
     checkpoints = Checkpoints(directory, keep=2)
     assert checkpoints.load() is None
@@ -134,12 +146,16 @@ def save_where_another_run_was(directory: str) -> None:
 def one_rank_cannot_write(directory: str) -> None:
     checkpoints = Checkpoints(directory)
     checkpoints.save(1, {"step": 1})
-    unsavable: Any = (lambda: 0) if hvd.rank() == hvd.size() - 1 else 0
-    with pytest.raises(OSError, match=f"rank {hvd.size() - 1}: .*[Pp]ickle"):
-        checkpoints.save(2, {"step": unsavable})
-    saved = checkpoints.load()
-    assert saved is not None
-    assert saved.state == {"step": 1}
+    for wrong, error, text in (
+        (lambda: 0, OSError, "[Pp]ickle"),
+        (np.float64(2), ValueError, r"could not be loaded again.*tensors, numbers, strings"),
+    ):
+        unsavable: Any = wrong if hvd.rank() == hvd.size() - 1 else 0
+        with pytest.raises(error, match=f"(?s)rank {hvd.size() - 1}: .*{text}"):
+            checkpoints.save(2, {"step": unsavable})
+        saved = checkpoints.load()
+        assert saved is not None
+        assert saved.state == {"step": 1}
     checkpoints.save(2, {"step": 2})  # the next attempt clears up
     saved = checkpoints.load()
     assert saved is not None

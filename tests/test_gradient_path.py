@@ -17,6 +17,10 @@ from world import World
 
 from hvd_compress import Compression, QsparseLocalSGD
 from hvd_compress import gradient as gradient_path
+from hvd_compress.compression import COMPRESSORS
+from hvd_compress.memory import Residual
+from hvd_compress.operators import TopK
+from hvd_compress.schedules import WarmUp
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -863,6 +867,19 @@ def refuses_strangers() -> None:
     del optimizer
 
 
+def refuses_a_compressor_that_was_not_made() -> None:
+    """Horovod's own are given as they are, ``Compression.fp16``."""
+    model = Vectors(SHAPES)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk,
+    )
+    with pytest.raises(TypeError, match=r"Compression\.topk makes compressors.*Compression\.topk\(…\)"):
+        model(gradients(hvd.rank(), 0)).backward()
+    del optimizer
+
+
 def refuses_what_is_no_gradient() -> None:
     compression, _optimizer = wrap(Vectors(SHAPES))
     for compressor in (compression, Compression.topk(k=5)):
@@ -887,6 +904,7 @@ def refuses_sparse_in_groups() -> None:
         refuses_unbound,
         unbound_with_sparse_gradients_only,
         refuses_strangers,
+        refuses_a_compressor_that_was_not_made,
         refuses_what_is_no_gradient,
         refuses_sparse_in_groups,
     ],
@@ -913,6 +931,19 @@ def test_it_is_a_compressor_of_horovods() -> None:
         ({"k": 1, "seed": 2.5}, ValueError, "seed"),
         ({"k": 1, "seed": 2**63}, ValueError, "seed"),
         ({"k": 1, "bogus": 1}, TypeError, "bogus"),
+        ({"k": 1, "memory": 3}, TypeError, "memory must be one of 'none', 'residual', .* got 3"),
+        ({"k": 1, "memory": Residual()}, TypeError, r"a function that makes a memory.* got Residual\("),
+        ({"k": 1, "memory": dict}, TypeError, r"memory must .* got <class 'dict'>"),
+        ({"k": 1, "process_set": 3}, TypeError, r"process_set must be hvd\.ProcessSet.* got 3"),
+        ({"k": 1, "process_set": [0, 1]}, TypeError, r"process_set must be hvd\.ProcessSet.* got \[0, 1\]"),
+        ({"k": 1, "communicator": 3}, TypeError, "communicator must be mpi4py's"),
+        ({"k": 1, "grad_scaler": True}, TypeError, r"grad_scaler must be a torch\.amp\.GradScaler"),
+        ({"k": 1, "exchange": 3}, ValueError, "exchange must be one of 'allgather'"),
+        ({"k": 1, "nodes": 3}, TypeError, "nodes must be an integer for each rank"),
+        ({"k": 1, "nodes": iter([0, 1])}, TypeError, "nodes must be an integer for each rank"),
+        ({"k": 1, "named_parameters": torch.nn.Linear(2, 2)}, TypeError, r"pairs .*: model\.named_parameters\(\)"),
+        ({"k": 1, "named_parameters": 3}, TypeError, "pairs"),
+        ({"k": 1, "named_parameters": enumerate([torch.zeros(1)])}, TypeError, "pairs"),
         ({"k": 1, "named_parameters": []}, ValueError, "empty"),
         ({"k": 1, "named_parameters": [torch.zeros(1)]}, TypeError, "pairs"),
         ({"k": 1, "named_parameters": [("w", torch.zeros(1)), ("w", torch.zeros(2))]}, ValueError, "unique"),
@@ -921,6 +952,74 @@ def test_it_is_a_compressor_of_horovods() -> None:
 def test_bad_settings(arguments: dict, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         Compression.topk(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "text"),
+    [
+        ("topk", {"rato": 0.1}, "topk.*'rato'; did you mean 'ratio'"),
+        ("topk", {"k": 1, "densebelow": 0}, "'densebelow'; did you mean 'dense_below'"),
+        ("adaptive_topk", {"rato": 0.1, "exchanges": 3}, "'rato'; did you mean 'ratio'"),
+        ("threshold", {"thresh": 0.1}, "'thresh'; did you mean 'threshold'"),
+        ("qsgd", {"bits": 4, "zzz": 1}, r"qsgd\(\) got an unexpected keyword argument 'zzz'$"),
+        ("dgc", {"warm_up": 10}, "'warm_up'; did you mean 'warmup'"),
+        ("cd_adam", {"operatr": None}, "'operatr'; did you mean 'operator'"),
+        ("of", {"operator": TopK(k=1), "sed": 3}, "'sed'; did you mean 'seed'"),
+    ],
+)
+def test_a_misspelt_setting_is_named(name: str, settings: dict[str, Any], text: str) -> None:
+    """Before anything is said of others that are missing for that reason."""
+    with pytest.raises(TypeError, match=text):
+        getattr(Compression, name)(**settings)
+
+
+@pytest.mark.parametrize("wrong", ["0.5", None, True, torch.tensor(0.5)])
+@pytest.mark.parametrize(
+    ("name", "settings", "number"),
+    [
+        ("topk", {"k": 1}, "bucket_cap_mb"),
+        ("topk", {"k": 1}, "timeout"),
+        ("topk", {"k": 1}, "reselect"),
+        ("topk", {}, "ratio"),
+        ("adaptive_topk", {"exchanges": 5}, "ratio"),
+        ("adaptive_topk", {"ratio": 0.1, "exchanges": 5}, "smallest"),
+        ("adaptive_topk", {"ratio": 0.1, "exchanges": 5}, "exponent"),
+        ("accordion", {"low": 0.1}, "high"),
+        ("accordion", {"high": 0.1}, "low"),
+        ("hard_threshold", {"ratio": 0.1, "exchanges": 5}, "largest"),
+        ("hard_threshold", {"ratio": 0.1, "exchanges": 5}, "rate"),
+        ("dgc", {}, "ratio"),
+        ("dgc", {}, "momentum"),
+        ("dgc", {}, "clip"),
+        ("ef21", {"k": 1}, "momentum"),
+        ("cat", {}, "overhead"),
+        ("signtopk", {"k": 1}, "m"),
+        ("terngrad", {}, "clip"),
+        ("threshold", {}, "threshold"),
+    ],
+)
+def test_what_is_not_a_number_is_named(name: str, settings: dict[str, Any], number: str, wrong: Any) -> None:
+    if wrong is None and (number == "clip" or (name == "topk" and number == "ratio")):
+        return  # which means something else
+    with pytest.raises(TypeError, match=f"^{number} must be a number, got "):
+        Compression.by_name(name, **settings, **{number: wrong})
+
+
+@pytest.mark.parametrize("wrong", ["topk", TopK, None, lambda x: x])
+def test_what_is_not_an_operator_is_refused(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"operator must be an Operator or a Plan.*TopK\(ratio=0\.01\).*, got "):
+        Compression.of(wrong)
+
+
+def test_a_plan_does_not_compress_the_way_back() -> None:
+    with pytest.raises(TypeError, match=r"way back operator must be an Operator.*got WarmUp"):
+        Compression.cd_adam(operator=WarmUp(0.1, 10))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_every_compressor_knows_its_settings(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}.*'no_such_setting'"):
+        Compression.by_name(name, no_such_setting=1)
 
 
 def test_bad_settings_of_a_memory_are_refused_at_once() -> None:
@@ -933,5 +1032,9 @@ def test_by_name() -> None:
     assert Compression.by_name("topk", k=3).settings.operator.k == 3  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="did you mean 'topk'"):
         Compression.by_name("topkk")
+    with pytest.raises(ValueError, match="unknown compressor 'TopK'; did you mean 'topk'"):
+        Compression.by_name("TopK")
+    with pytest.raises(ValueError, match=r"unknown compressor 3\. Known are"):
+        Compression.by_name(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="takes no settings"):
         Compression.by_name("none", k=3)

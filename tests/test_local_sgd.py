@@ -572,6 +572,15 @@ def test_an_extra_exchange(world: World) -> None:
 def test_sync_indices_count_from_one() -> None:
     with pytest.raises(ValueError, match="from 1"):
         sync_at([0, 2])
+    for wrong in (4, [1.5], ["4"], [True]):
+        with pytest.raises(TypeError, match="list of step numbers"):
+            sync_at(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [-1, 2.5, "4"])
+def test_post_local_counts_steps(first: Any) -> None:
+    with pytest.raises(ValueError, match="first must be a number of steps"):
+        post_local(first, 4)
 
 
 def any_optimizer_and_schedule(sync_every: int) -> None:
@@ -943,6 +952,14 @@ def test_ranks_that_start_apart(world: World) -> None:
         ({"compression": Compression.topk}, TypeError, "compression must be"),
         ({"named_parameters": [("a", torch.nn.Parameter(torch.zeros(2)))]}, ValueError, "not in named_parameters"),
         ({"optimizer": None}, TypeError, "optimizer must be"),
+        ({"sync_every": [4, 8]}, ValueError, r"sync_at\(\[4, 8\]\)"),
+        ({"look_ahead": "0.3"}, TypeError, "look_ahead must be a number"),
+        ({"forget_at_drop": "0.5"}, TypeError, "forget_at_drop must be a number"),
+        ({"process_set": 3}, TypeError, r"process_set must be hvd\.ProcessSet"),
+        ({"outer": 3}, TypeError, "outer must be a function"),
+        ({"outer": lambda x: None}, TypeError, r"outer must .* optimizer of the parameters that it is called with"),
+        ({"outer": lambda x: torch.optim.SGD(x[:2], lr=1.0)}, ValueError, "all the parameters"),
+        ({"outer": lambda x: torch.optim.SGD([y.clone() for y in x], lr=1.0)}, ValueError, "all the parameters"),
     ],
 )
 def test_bad_arguments(arguments: dict, error: type[Exception], text: str) -> None:
@@ -955,10 +972,42 @@ def test_bad_arguments(arguments: dict, error: type[Exception], text: str) -> No
         QsparseLocalSGD(**{**usual, **arguments})
 
 
+def test_a_parameter_of_two_names_has_the_first() -> None:
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
+    model[1].weight = model[0].weight
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(remove_duplicate=False),
+        compression=Compression.topk(k=3),
+        sync_every=2,
+    )
+    optimizer.step()
+    assert list(optimizer.ledger.tensors) == ["0.weight", "0.bias", "1.bias"]
+
+
 def test_a_changed_model_needs_a_new_optimizer() -> None:
     model = Vectors(SHAPES)
     with pytest.raises(NotImplementedError, match="new QsparseLocalSGD"):
         wrap(model).add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+
+
+def changes_the_wrapped_optimizer() -> None:
+    """What the others would never hear of is not even stepped."""
+    model, more = Vectors(SHAPES), torch.nn.Parameter(torch.zeros(2))
+    optimizer = wrap(model)
+    train(model, optimizer, 0, 1)
+    optimizer.optimizer.add_param_group({"params": [more]})
+    before = copy.deepcopy(model.state_dict())
+    more.grad = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"1 parameter\(s\).*new QsparseLocalSGD after changing the model"):
+        train(model, optimizer, 1, 2)
+    assert not more.any()
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+
+
+@pytest.mark.ranks(2)
+def test_parameters_that_only_the_wrapped_optimizer_knows(world: World) -> None:
+    world.run(changes_the_wrapped_optimizer)
 
 
 def test_hooks_are_the_wrapped_optimizers() -> None:

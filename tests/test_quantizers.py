@@ -371,7 +371,8 @@ def test_max_norm_bound_is_attained() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(QSGD(bits=4), TopK(k=1)), (TopK(k=1), TopK(k=1)), (compose(TopK(k=1), Sign()), Sign())]
+    "arguments",
+    [(QSGD(bits=4), TopK(k=1)), (TopK(k=1), TopK(k=1)), (compose(TopK(k=1), Sign()), Sign()), (3, Sign())],
 )
 def test_only_a_sparsifier_and_a_quantizer_compose(arguments: Any) -> None:
     with pytest.raises(TypeError, match="a sparsifier and a quantizer"):

@@ -20,6 +20,7 @@ from torch import Tensor
 from world import World
 
 from hvd_compress import (
+    DQGAN,
     AsyncQsparseLocalSGD,
     Compression,
     PeerError,
@@ -573,6 +574,20 @@ def test_settings_that_cannot_be() -> None:
         )
 
 
+def draws_with_the_largest_seed() -> None:
+    """Each shard has a seed of its own, which is one of 64 bits too."""
+    model = Vectors(SHAPES)
+    compression = Compression.randk(ratio=0.1, dense_below=0, exchange="hierarchical", nodes=EVEN, seed=2**63 - 1)
+    optimizer = QsparseLocalSGD(sgd(model), named_parameters=model.named_parameters(), compression=compression)
+    step_of(model, optimizer, 0)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(4)
+def test_any_seed_will_do(world: World) -> None:
+    world.run(draws_with_the_largest_seed)
+
+
 def too_few_nodes() -> None:
     model = Vectors({"w": (30,)})
     optimizer, _ = on_path("local", model, k=3, exchange="hierarchical", nodes=[0])
@@ -906,6 +921,44 @@ def two_levels(nodes: list[int]) -> None:
 def test_two_levels_of_local_sgd(world: World) -> None:
     world.run(two_levels, EVEN)
     world.close()  # whose process sets other tests would meet
+
+
+def refuses_to_average_twice() -> None:
+    model = Vectors(SHAPES)
+
+    def averaged(**options: Any) -> Any:
+        return hvd.DistributedOptimizer(sgd(model), named_parameters=model.named_parameters(), **options)
+
+    def wrapped(kind: Any, inner: Any, process_set: Any = None, **options: Any) -> Any:
+        compression = Compression.topk(k=3, **options)
+        return kind(
+            inner, named_parameters=model.named_parameters(), compression=compression, process_set=process_set
+        )
+
+    for kind in (QsparseLocalSGD, AsyncQsparseLocalSGD, DQGAN):
+        with pytest.raises(
+            ValueError, match=r"over all ranks.*plain optimizer.*process_set=hvd_compress\.node_process_set\(\)"
+        ):
+            wrapped(kind, averaged())
+        with pytest.raises(TypeError, match=f"{kind.__name__} exchanges by itself"):
+            hvd.DistributedOptimizer(wrapped(kind, sgd(model)), named_parameters=model.named_parameters())
+        with pytest.raises(TypeError, match="already takes local steps"):
+            wrapped(kind, wrapped(QsparseLocalSGD, sgd(model)))
+    with pytest.raises(ValueError, match="over all ranks"):
+        wrapped(QsparseLocalSGD, averaged(), exchange="hierarchical", nodes=[0, 1])
+    wrapped(QsparseLocalSGD, averaged(), exchange="hierarchical")  # two levels, on a cluster of one node
+    sets = [hvd.add_process_set([rank]) for rank in range(hvd.size())]
+    with pytest.raises(ValueError, match="over all ranks"):
+        wrapped(QsparseLocalSGD, averaged(), process_set=sets[hvd.rank()])
+    wrapped(QsparseLocalSGD, averaged(process_set=sets[hvd.rank()]), process_set=hvd.global_process_set)
+    hvd.barrier()
+    for one in sets:
+        hvd.remove_process_set(one)
+
+
+@pytest.mark.ranks(2)
+def test_gradients_are_not_averaged_twice(world: World) -> None:
+    world.run(refuses_to_average_twice)
 
 
 def in_a_process_set() -> None:

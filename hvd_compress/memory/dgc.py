@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from .base import MASS, Memory, Sent
 
 
@@ -34,6 +35,7 @@ class DGC(Memory):
 
     Raises:
         ValueError: a setting out of its range.
+        TypeError: one that is no number.
     """
 
     covers_small = True
@@ -41,10 +43,13 @@ class DGC(Memory):
     def __init__(
         self, momentum: float = 0.9, *, nesterov: bool = False, masking: bool = True, clip: float | None = None
     ) -> None:
+        check_numbers(momentum=momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be a positive norm or None, got {clip!r}")
+        if clip is not None:
+            check_numbers(clip=clip)
+            if not clip > 0:
+                raise ValueError(f"clip must be a positive norm or None, got {clip!r}")
         # Configuration
         self._momentum = momentum
         self._nesterov = nesterov

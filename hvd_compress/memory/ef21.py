@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..operators import Operator
 from .base import COMMON, ESTIMATE, TOTAL, Memory, Sent
 
@@ -28,11 +29,13 @@ class EF21(Memory):
 
     Raises:
         ValueError: ``momentum`` is not in [0, 1).
+        TypeError: it is no number.
     """
 
     feeds_back = True
 
     def __init__(self, momentum: float = 0.0) -> None:
+        check_numbers(momentum=momentum)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum!r}")
         # Configuration
@@ -122,10 +125,15 @@ class TwoSided(EF21):
     Args:
         operator: C', a contraction.
         momentum: see :class:`EF21`; the paper has none here.
+
+    Raises:
+        TypeError: ``operator`` is none; a plan's schedule counts exchanges on the way there only.
     """
 
     def __init__(self, operator: Operator, momentum: float = 0.0) -> None:
         super().__init__(momentum)
+        if not isinstance(operator, Operator):
+            raise TypeError(f"on the way back operator must be an Operator, TopK(ratio=0.01) or so, got {operator!r}")
         # Configuration
         self._operator = operator
         # State: name → [d]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..checks import check_numbers
+
 
 @dataclass(frozen=True)
 class Amount:
@@ -30,8 +32,7 @@ class Amount:
             if self.k < 1:
                 raise ValueError(f"k must be at least 1, got {self.k}")
         if self.ratio is not None:
-            if isinstance(self.ratio, bool) or not isinstance(self.ratio, int | float):
-                raise TypeError(f"ratio must be a number, got {self.ratio!r}")
+            check_numbers(ratio=self.ratio)
             if not 0 < self.ratio <= 1:
                 raise ValueError(f"ratio must be in (0, 1], got {self.ratio}; 0.01 keeps one element in a hundred")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..wire import Floats, Message
 from .base import Operator, flatten
 
@@ -32,6 +33,7 @@ class CAT(Operator):
 
     Raises:
         ValueError: ``overhead`` is negative or not finite, or ``packet`` not a positive number of bits.
+        TypeError: ``overhead`` is no number.
     """
 
     draws = False
@@ -40,6 +42,7 @@ class CAT(Operator):
     packet: int = 12_000
 
     def __post_init__(self) -> None:
+        check_numbers(overhead=self.overhead)
         if not 0 <= self.overhead < math.inf:
             raise ValueError(f"overhead must be a number of bits ≥ 0, got {self.overhead!r}")
         if isinstance(self.packet, bool) or not isinstance(self.packet, int) or self.packet < 1:

@@ -28,7 +28,8 @@ def compose(sparsifier: Operator, quantizer: Quantizer, *, scaled: bool = False)
             which may add more noise than there is signal (raised here if k is known, else at the first tensor that
             is too large).
     """
-    if not isinstance(quantizer, Quantizer) or isinstance(sparsifier, Quantizer | Composed):
+    is_sparsifier = isinstance(sparsifier, Operator) and not isinstance(sparsifier, Quantizer | Composed)
+    if not isinstance(quantizer, Quantizer) or not is_sparsifier:
         raise TypeError(f"compose takes a sparsifier and a quantizer, got {sparsifier!r} and {quantizer!r}")
     composed = Composed(sparsifier, quantizer, scaled)
     if scaled:

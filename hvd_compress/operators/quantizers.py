@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..kernels import draw_seed, hadamard, next_power_of_two, random_signs, round_by_chance
 from ..wire import Message, Range, Symmetric
 from ..wire import Rotated as RotatedValues
@@ -88,13 +89,16 @@ class TernGrad(Quantizer):
 
     Raises:
         ValueError: ``clip`` is not positive.
+        TypeError: it is no number.
     """
 
     clip: float | None = 2.5
 
     def __post_init__(self) -> None:
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be a positive number of standard deviations or None, got {self.clip!r}")
+        if self.clip is not None:
+            check_numbers(clip=self.clip)
+            if not self.clip > 0:
+                raise ValueError(f"clip must be a positive number of standard deviations or None, got {self.clip!r}")
 
     def variance_bound(self, numel: int) -> float:
         """As QSGD's with one step of the largest magnitude, if nothing is clipped."""
@@ -193,14 +197,18 @@ class OneBit(Quantizer):
 
     Raises:
         ValueError: one of them is out of its range.
+        TypeError: one of them is no number.
     """
 
     scale: float | None = None
     failure: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not 0 < self.scale < math.inf:
-            raise ValueError(f"scale must be a positive number or None, got {self.scale!r}")
+        if self.scale is not None:
+            check_numbers(scale=self.scale)
+            if not 0 < self.scale < math.inf:
+                raise ValueError(f"scale must be a positive number or None, got {self.scale!r}")
+        check_numbers(failure=self.failure)
         if not 0 < self.failure < 1:
             raise ValueError(f"failure must be a probability in (0, 1), got {self.failure!r}")
 
@@ -235,6 +243,7 @@ class Sign(Quantizer):
 
     Raises:
         ValueError: ``m`` is not one of these.
+        TypeError: it is no number.
     """
 
     draws = False
@@ -242,6 +251,7 @@ class Sign(Quantizer):
     m: float = 1
 
     def __post_init__(self) -> None:
+        check_numbers(m=self.m)
         if not (self.m >= 1 and (math.isinf(self.m) or self.m == int(self.m))):
             raise ValueError(f"m must be 1, 2, … or math.inf, got {self.m!r}")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..kernels import draw_seed, is_finite
 from ..wire import Block, Floats, Message, Subset
 from .amount import Amount
@@ -76,6 +77,7 @@ class Threshold(Operator):
 
     Raises:
         ValueError: an argument is out of its range.
+        TypeError: ``threshold`` is no number.
     """
 
     draws = False
@@ -85,6 +87,7 @@ class Threshold(Operator):
     at_most: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(threshold=self.threshold)
         if not 0 < self.threshold < math.inf:
             raise ValueError(f"threshold must be a positive number, got {self.threshold!r}")
         if self.at_least < 0 or (self.at_most is not None and self.at_most < self.at_least):

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..kernels import choose_by_chance
 from ..wire import Codebook, Levels, Message, Range
 from .base import Quantizer, check_steps, flatten
@@ -57,6 +58,7 @@ class Truncated(Quantizer):
         self._steps()
         if self.model not in ("laplace", "power"):
             raise ValueError(f"model must be 'laplace' or 'power', got {self.model!r}")
+        check_numbers(constant=self.constant)
         if not 0 < self.constant <= 1 / 4:
             raise ValueError(f"constant must be in (0, 1/4]: 1/4 or 1/6, got {self.constant!r}")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_numbers
 from ..operators import Operator, TopK
 from .base import Plan, Schedule
 
@@ -26,6 +27,7 @@ class Accordion(Plan):
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
 
     high: float
@@ -34,6 +36,7 @@ class Accordion(Plan):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
+        check_numbers(high=self.high, low=self.low, threshold=self.threshold)
         if not 0 < self.low <= self.high <= 1:
             raise ValueError(f"ratios must be 0 < low ≤ high ≤ 1, got low={self.low!r}, high={self.high!r}")
         if isinstance(self.interval, bool) or not isinstance(self.interval, int) or self.interval < 1:

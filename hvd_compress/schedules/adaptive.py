@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_numbers
 from ..operators import Operator, TopK
 from .base import Plan, Schedule
 from .budget import Budget, affordable, check_budget, divide
@@ -34,6 +35,7 @@ class AdaptiveTopK(Plan):
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
 
     ratio: float
@@ -44,6 +46,7 @@ class AdaptiveTopK(Plan):
 
     def __post_init__(self) -> None:
         check_budget(self.ratio, self.exchanges, self.smallest)
+        check_numbers(exponent=self.exponent, decay=self.decay)
         if not 0 <= self.exponent <= 1:
             raise ValueError(f"exponent must be in [0, 1], got {self.exponent!r}")
         if not 0 <= self.decay < 1:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..checks import check_numbers
+
 
 class Budget:
     """K elements for T exchanges, of which each gets at least k_min.
@@ -16,6 +18,7 @@ class Budget:
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
 
     def __init__(self, sizes: Mapping[str, int], ratio: float, exchanges: int, smallest: float) -> None:
@@ -67,7 +70,9 @@ def check_budget(ratio: float, exchanges: int, smallest: float) -> None:
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
+    check_numbers(ratio=ratio, smallest=smallest)
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio must be in (0, 1], got {ratio!r}")
     if isinstance(exchanges, bool) or not isinstance(exchanges, int) or exchanges < 1:

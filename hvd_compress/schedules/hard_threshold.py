@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_numbers
 from ..operators import Operator, Threshold, TopK
 from .base import Plan, Schedule
 from .budget import Budget, affordable, apportion, check_budget, divide
@@ -44,6 +45,7 @@ class HardThreshold(Plan):
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
 
     ratio: float
@@ -54,6 +56,7 @@ class HardThreshold(Plan):
 
     def __post_init__(self) -> None:
         check_budget(self.ratio, self.exchanges, self.smallest)
+        check_numbers(largest=self.largest, rate=self.rate)
         if not 1 <= self.largest < math.inf:
             raise ValueError(f"largest must be a number ≥ 1, got {self.largest!r}")
         if not 0 < self.rate <= 1:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import check_numbers
 from ..operators import TopK
 from .base import Plan, Schedule
 
@@ -25,6 +26,7 @@ class WarmUp(Plan):
 
     Raises:
         ValueError: an argument out of its range.
+        TypeError: one that is no number.
     """
 
     ratio: float
@@ -33,6 +35,7 @@ class WarmUp(Plan):
     factor: float = 0.25
 
     def __post_init__(self) -> None:
+        check_numbers(ratio=self.ratio, first=self.first, factor=self.factor)
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must be in (0, 1], got {self.ratio!r}")
         if isinstance(self.exchanges, bool) or not isinstance(self.exchanges, int) or self.exchanges < 0:
