@@ -32,7 +32,6 @@ import horovod
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
-from embedded_images import write_digits
 from imagenet_data import Augmented, EpochSampler, Images, Transforms, loader, open_images
 from imagenet_epochs import Epoch, Times, describe, describe_model, summary
 from imagenet_model import MovingAverage, Statistics, make_model, on_device
@@ -62,6 +61,8 @@ def main() -> None:
     args = parse_arguments(__doc__)
     use_device()
     if args.data is None:
+        from embedded_images import write_digits  # imports scikit-learn, which takes a second
+
         args.data = args.output / "digits"
         say(f"No ImageNet was given (--data): training on scikit-learn's handwritten digits, in {args.data}.")
         on_all_ranks(lambda: write_digits(args.data) if hvd.rank() == 0 else None)

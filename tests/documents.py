@@ -1,7 +1,8 @@
-"""The documents as tests see them: what stands between fences, and the commands of a shell in it."""
+"""The documents as tests see them: what stands between fences, and what runs of it."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -41,3 +42,18 @@ def commands(block: Block) -> list[str]:
     """A line for each, without the comments."""
     lines = block.text.replace("\\\n", " ").splitlines()
     return [line for line in (re.sub(r"\s+#.*|\s+$", "", line) for line in lines) if line]
+
+
+def run_script(document: str, script: str, directory: str) -> None:
+    """On a rank; in a directory of its own."""
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        exec(compile(script, document, "exec"), {"__name__": "__main__"})
+    finally:
+        os.chdir(before)
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """Those that the pattern's group finds in what is printed."""
+    return [float(number) for number in re.findall(pattern, text)]

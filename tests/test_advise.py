@@ -1,21 +1,12 @@
-"""Advice on whether to compress: the forecast by hand, and a short job."""
+"""Advice on whether to compress: the forecast by hand. `test_code_blocks.py` has it measure, on a slow link too."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
-import re
-import shlex
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from lab import Lab
 from rich.console import Console
-from world import environment
 
 from hvd_compress.advise import Candidate, Measurements, advise
 from hvd_compress.advise.command import conclusion, explain, maker
@@ -131,39 +122,3 @@ def test_unknown_models() -> None:
     assert callable(maker("torch.nn:Identity"))
     with pytest.raises(AttributeError):
         maker("torch.nn:Nothing")
-
-
-def test_a_short_job(tmp_path: Path) -> None:
-    """It starts ranks by itself, and says what it measured and why."""
-    arguments = ["--model", "squeezenet1_1", "--batch-size", "2", "--image-size", "64"]
-    found = tmp_path / "found.json"
-    outside = {name: value for name, value in environment().items() if not name.startswith(("OMPI", "PMI"))}
-    ended = subprocess.run(
-        [sys.executable, "-m", "hvd_compress", "advise", *arguments, "--json", str(found)],
-        env={**outside, "COLUMNS": "110"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "1,235,496 gradients in 52 tensors, 4.9 MB in fp32" in ended.stdout
-    assert re.search(r"Advice: (do not compress|compress, from)", ended.stdout)
-    record = json.loads(found.read_text())
-    assert (record["ranks"], record["elements"]) == (2, 1_235_496)
-    topk = next(c for c in record["candidates"] if c["name"] == "top-k 1 %")
-    kept = 0.01 * 1_235_496 * (32 + 8.1) / 8
-    assert kept < topk["message"] < 2 * kept, "small tensors are whole, and the packet has a head"
-    assert os.path.getsize(found) > 0
-
-
-@pytest.mark.lab
-def test_two_machines_and_a_slow_link() -> None:
-    """As one starts it across nodes: half of 47 MB of gradients take 2 s at 100 Mbit/s, a message of top-k 0.1 s."""
-    options = ["--model", "resnet18", "--step-seconds", "0.1"]
-    with Lab(2, "100mbit") as lab:
-        agent, node, mpirun = lab.command(1, [])
-        program = [sys.executable, "-m", "hvd_compress", "advise", "--mpirun", mpirun, *options]
-        ended = subprocess.run([agent, node, shlex.join(program)], capture_output=True, text=True, timeout=180)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "Measured between 2 ranks on 2 nodes, 1 on each" in ended.stdout
-    assert "Advice: compress, from 2 nodes on" in ended.stdout

@@ -23,7 +23,11 @@ from PIL import Image
 from world import environment, launch, mpirun_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-STATISTICS = 2 * 26_560 * 4 / 1e6  # MB of mean and variance of ResNet-50's batch norms
+MEGABYTES = {"resnet50": 4 * 23.528522, "resnet18": 4 * 11.181642}
+"""Of the parameters for 10 classes, in fp32."""
+STATISTICS = {"resnet50": 4 * 2 * 26_560 / 1e6, "resnet18": 4 * 2 * 4_800 / 1e6}
+"""Megabytes of the batch norms' means and variances."""
+SMALL = ["--arch", "resnet18", "--no-checkpoint"]
 QUICK = ["--epochs", "1", "--limit-train-batches", "2", "--batch-size", "8"]
 
 
@@ -157,7 +161,7 @@ class TestRuns:
             assert expected in text
         compressed, plain = metrics(tmp_path)
         # 2 steps, all parameters for 10 classes; batch norm's mean and variance, before the validation
-        assert plain["megabytes_sent"] == pytest.approx(2 * 23.528522 * 4 + STATISTICS)
+        assert plain["megabytes_sent"] == pytest.approx(2 * MEGABYTES["resnet50"] + STATISTICS["resnet50"])
         assert plain["ratio_to_fp32"] == 1
         assert plain["exchanges"] == 2
         assert compressed["exchanges"] == 1  # before the validation: 2 steps are not yet H
@@ -169,7 +173,7 @@ class TestRuns:
             assert min(picture.size) > 500
 
     def test_gradient_path(self, tmp_path: Path) -> None:
-        status, text = run(2, "--optimizer", "gradient", "--ratio", "0.01", "--output", tmp_path, "--no-checkpoint")
+        status, text = run(2, "--optimizer", "gradient", "--ratio", "0.01", "--output", tmp_path, *SMALL)
         assert status == 0, text
         assert "topk 0.01, each gradient" in text
         (epoch,) = metrics(tmp_path)
@@ -177,19 +181,17 @@ class TestRuns:
         assert epoch["ratio_to_fp32"] > 20
 
     def test_half_precision_is_half_the_bytes(self, tmp_path: Path) -> None:
-        status, text = run(
-            2, "--optimizer", "gradient", "--compression", "fp16", "--output", tmp_path, "--no-checkpoint"
-        )
+        status, text = run(2, "--optimizer", "gradient", "--compression", "fp16", "--output", tmp_path, *SMALL)
         assert status == 0, text
         (epoch,) = metrics(tmp_path)
-        assert epoch["megabytes_sent"] == pytest.approx(2 * 23.528522 * 2 + STATISTICS)
-        assert epoch["ratio_to_fp32"] == pytest.approx((2 * 23.528522 * 4 + STATISTICS) / epoch["megabytes_sent"])
+        parameters, statistics = 2 * MEGABYTES["resnet18"], STATISTICS["resnet18"]
+        assert epoch["megabytes_sent"] == pytest.approx(parameters / 2 + statistics)
+        assert epoch["ratio_to_fp32"] == pytest.approx((parameters + statistics) / epoch["megabytes_sent"])
 
     def test_photographs_on_three_ranks(self, photographs: Path, tmp_path: Path) -> None:
         arguments = ["--image-size", 64, "--workers", 0, "--batch-size", 2, "--sync-every", 1]
-        limit = ["--limit-train-batches", 9]
-        arguments += ["--arch", "resnet18", "--no-checkpoint"]
-        status, text = run(3, "--data", photographs, "--output", tmp_path / "out", *arguments, *limit)
+        arguments += [*SMALL, "--limit-train-batches", 9]
+        status, text = run(3, "--data", photographs, "--output", tmp_path / "out", *arguments)
         assert status == 0, text
         (epoch,) = metrics(tmp_path / "out")
         assert epoch["exchanges"] == 2  # 16 images for 3 ranks, by twos: 4 of them are left out
@@ -197,7 +199,7 @@ class TestRuns:
         assert right == pytest.approx(round(right))
 
     def test_one_rank_and_its_workers(self, photographs: Path, tmp_path: Path) -> None:
-        arguments = ["--optimizer", "gradient", "--image-size", 64, "--workers", 1, "--no-checkpoint"]
+        arguments = ["--optimizer", "gradient", "--image-size", 32, "--workers", 1, *SMALL]
         status, text = run(1, "--data", photographs, "--output", tmp_path / "out", *arguments)
         assert status == 0, text
         (epoch,) = metrics(tmp_path / "out")
@@ -208,7 +210,8 @@ class TestInterruption:
     """`kill -USR2` of mpirun, which passes it on to its ranks, and the same command again."""
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
-        options = ["--epochs", 2, "--batch-size", 2, "--image-size", 32, "--workers", 0, *arguments]
+        options = ["--arch", "resnet18", "--epochs", 2, "--batch-size", 2, "--image-size", 32, "--workers", 0]
+        options += arguments
         return subprocess.Popen(
             [*mpirun_command(2), sys.executable, EXAMPLES / "imagenet_resnet50.py", *map(str, options)],
             env=environment(),
@@ -260,7 +263,7 @@ class TestInterruption:
             shutil.rmtree(directory)
 
     def test_other_settings_or_ranks(self, tmp_path: Path) -> None:
-        options = ["--checkpoint", tmp_path / "checkpoint", "--output", tmp_path]
+        options = ["--arch", "resnet18", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path]
         status, text = run(1, *options)
         assert status == 0, text
         status, text = run(1, *options, "--lr", "0.5")

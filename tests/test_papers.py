@@ -1,4 +1,4 @@
-"""The experiments on the papers' claims: a short form of each, and that their pages say what their results say."""
+"""The experiments on the papers' claims: that they go on and can be repeated, and that pages say what results say."""
 
 from __future__ import annotations
 
@@ -66,12 +66,6 @@ def test_short_form_of_an_experiment(world: World, tmp_path: Path, name: str, pa
     assert [run.case for run in again] == [run.case for run in runs]
     assert [run.curve[:1] for run in again][:-1] == [run.curve[:1] for run in runs][:-1]
     assert again[-1].curve == runs[-1].curve  # and a case can be repeated
-    module = experiment(name)
-    tables = module.report(runs)
-    assert tables
-    assert all(table.count("\n") >= 2 for table in tables.values())
-    module.draw(runs, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("name", NAMES)

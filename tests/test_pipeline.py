@@ -512,13 +512,13 @@ SHORTENED = ["--arch", "resnet18", "--limit-train-batches", 2, "--batch-size", 4
 
 
 @pytest.mark.parametrize("recipe", ["paper", "torchvision"])
-def test_recipes_on_four_ranks(recipe: str, few: Path, tmp_path: Path) -> None:
+def test_recipes_on_three_ranks(recipe: str, few: Path, tmp_path: Path) -> None:
     """The short one runs below, that of the digits in ``make demo``."""
     size = ["--eval-size", 32, "--epochs", 1, "--no-checkpoint"]
-    status, text = run(4, "--recipe", recipe, "--data", few, "--output", tmp_path, *SHORTENED, *size)
+    status, text = run(3, "--recipe", recipe, "--data", few, "--output", tmp_path, *SHORTENED, *size)
     assert status == 0, text
     (epoch,) = metrics(tmp_path)
-    assert epoch["ranks"] == 4
+    assert epoch["ranks"] == 3
     assert 80 * epoch["accuracy"] == pytest.approx(round(80 * epoch["accuracy"]))
     assert (epoch["ratio_to_fp32"] > 50) == (recipe != "torchvision")
 
@@ -530,7 +530,7 @@ class TestKilled:
         # All at once: half precision with its scale, a moving average, averaged statistics, growing images, parts.
         options: list[object] = ["--recipe", "short", "--arch", "resnet18", "--epochs", 2, "--limit-train-batches", 4]
         options += ["--batch-size", 4, "--accumulate", 2, "--amp", "fp16", "--ema", 0.9, "--workers", 0]
-        options += ["--image-size", 64, "--grow-from", 32, "--grow-until", 2, "--eval-size", 32, "--sync-every", 3]
+        options += ["--image-size", 32, "--grow-from", 16, "--grow-until", 2, "--eval-size", 32, "--sync-every", 3]
         return subprocess.Popen(
             [
                 *mpirun_command(2),

@@ -187,7 +187,7 @@ def main(
     )
     parser.add_argument("--page", type=Path, help="write the tables into this page, and the figure beside it")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(%(default)s)")
-    parser.add_argument("--short", action="store_true", help="a few steps of a few cases, to see that all works")
+    parser.add_argument("--short", action="store_true", help="a few steps of a few cases on two ranks")
     parser.add_argument("--report", action="store_true", help="only print and draw what the results file holds")
     parser.add_argument("--part", choices=list(ranks), help="be one rank of this part; started by mpirun")
     args = parser.parse_args()
@@ -200,7 +200,7 @@ def main(
         return
     for part, number in ranks.items():
         if not args.report:
-            start_ranks(number, [sys.argv[0], *sys.argv[1:], "--part", part])
+            start_ranks(2 if args.short else number, [sys.argv[0], *sys.argv[1:], "--part", part])
     runs = results.read()
     tables = report(runs)
     for title, table in tables.items():
