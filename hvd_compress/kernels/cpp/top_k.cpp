@@ -33,6 +33,7 @@ Word magnitude(Word bits) {
 
 constexpr Index kBlock = 4096;  // elements between two looks at how many were collected
 constexpr Index kOverrun = 16;  // a vector store writes so far beyond what it keeps
+constexpr Index kAhead = 512;   // elements that are asked for in advance: a processor does so itself, but only within a page
 
 // What is selected from: x, or the sum of x and y, which is written to another place, that of x perhaps, as it is made.
 template <class Word, bool adds>
@@ -42,6 +43,12 @@ struct Vector {
     Word* to;
 
     Vector from(Index at) const { return {x + at, adds ? y + at : nullptr, adds ? to + at : nullptr}; }
+
+    // What lies behind the vectors may be asked for.
+    void prefetch(Index i) const {
+        __builtin_prefetch(x + i + kAhead);
+        if constexpr (adds) __builtin_prefetch(y + i + kAhead);
+    }
 
     // Where what is selected from lies, once it has been read.
     const Word* made() const { return adds ? to : x; }
@@ -114,6 +121,7 @@ __attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(Vector<Word32, add
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 8) {
+            from.prefetch(i + j);
             __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.x + i + j));
             if constexpr (adds) {
                 const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.y + i + j));
@@ -138,6 +146,7 @@ __attribute__((target("avx512f,popcnt,bmi"))) Index collect_avx512(Vector<Word32
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 16) {
+            from.prefetch(i + j);
             __m512i v = _mm512_loadu_si512(from.x + i + j);
             if constexpr (adds) {
                 const __m512i w = _mm512_loadu_si512(from.y + i + j);
