@@ -459,7 +459,7 @@ def test_advice_on_a_slow_link(printed: Callable[[str], str]) -> None:
     """Half of 4.9 MB of gradients take 0.2 s at 100 Mbit/s, a message of top-k a tenth of it."""
     if "sudo" in cannot_run():
         pytest.skip(cannot_run()["sudo"])
-    text = printed("docs/imagenet.md").partition("\n+ sudo")[2].partition("\n+ .venv")[0]
+    text = printed("docs/imagenet.md").partition("+ sudo ")[2].partition("\n+ .venv")[0]
     assert "Measured between 2 ranks on 2 nodes, 1 on each" in text
     assert "Advice: compress, from 2 nodes on" in text
 

@@ -716,7 +716,13 @@ def raises_on_one_rank() -> None:
     hvd.barrier()
 
 
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("world.GRACE_SECONDS", 2)  # its end is what these tests wait for
+
+
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("short_grace")
 def test_failures_and_hangs_are_reported_by_rank(world: World) -> None:
     world.run(comes_back)
     with pytest.raises(RankFailedError, match=r"(?s)rank 0\nno answer.*in barrier"):
@@ -724,6 +730,7 @@ def test_failures_and_hangs_are_reported_by_rank(world: World) -> None:
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.usefixtures("short_grace")
 def test_the_text_of_a_failing_rank_is_kept(world: World) -> None:
     with pytest.raises(RankFailedError, match=r"(?s)--- rank 1\n.*told you"):
         world.run(raises_on_one_rank, timeout=60)
