@@ -178,6 +178,7 @@ class AsyncQsparseLocalSGD(Wrapped):
                 raise RuntimeError(f"total_steps={self._total_steps} were taken: call finish()")
             if not self._model.is_open:
                 self._begin()
+            self._model.may_end = False
             loss = self._local_step(closure)
             self._steps += 1
             for name, p in self._parameters.items():
@@ -215,7 +216,8 @@ class AsyncQsparseLocalSGD(Wrapped):
         """The wrapped optimizer's state, and under one more key the rest, this rank's server's among it.
 
         Collective from the first step to :meth:`finish`: no update must be on its way. Each rank saves its own; in
-        free-running mode ranks may have taken different numbers of steps.
+        free-running mode ranks may have taken different numbers of steps. After it, before the next step, all ranks
+        may end without :meth:`finish`, to go on in another job.
 
         Raises:
             PeerError: another rank, or a server, has failed.

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import horovod.torch as hvd
 import numpy as np
 from torch import Tensor
 
@@ -45,6 +46,8 @@ class RemoteModel(Sender):
     _communicator: MPI.Intracomm | None = None
     _over: str | None = None  # why the run cannot go on
     _timeout = 0.0
+    may_end = False
+    """Whether the program may end without :meth:`finish`: all that this rank has done is in a state of all ranks."""
 
     @property
     def is_open(self) -> bool:
@@ -146,6 +149,7 @@ class RemoteModel(Sender):
             with self._service.lock:
                 state = {"shard": self._master.shard.state_dict(), "last": list(self._master.turns.last)}
         self._meet_servers(Topic.PAUSE, {})  # until here no rank has sent an update
+        self.may_end = True
         return state
 
     def finish(self, anchors: Mapping[str, Tensor]) -> None:
@@ -220,7 +224,7 @@ class RemoteModel(Sender):
         if failure is not None:
             raise PeerError(failure)
         names = list(self._shapes)
-        for packet in packets:
+        for packet in packets if anchors else ():
             for id, message in zip(packet.ids, packet.messages, strict=True):
                 receive(message, anchors[names[id]])
 
@@ -231,13 +235,27 @@ class RemoteModel(Sender):
         assert self._service is not None
         assert self._communicator is not None
         if self._over is None and not hasattr(sys, "last_value"):  # which is set after an uncaught exception
-            error = RuntimeError(
+            try:
+                self._part()
+            except Exception as error:
+                self.fail(error)
+                sys.excepthook(type(error), error, None)
+                if not MPI.Is_finalized():  # if all ranks have forgotten it: the exit status must tell
+                    self._communicator.Abort(1)
+            else:
+                return
+        self._service.stop()
+
+    def _part(self) -> None:
+        """End the servers where all ranks have saved their states, to go on in another job."""
+        assert self._service is not None
+        if not self.may_end:
+            raise RuntimeError(
                 "the program ended without AsyncQsparseLocalSGD.finish(), so this rank has not the master model, "
                 "and the others wait: call finish() on all ranks after the last step, or use the optimizer in a "
-                "with statement"
+                "with statement. After state_dict() all ranks may end without it"
             )
-            self.fail(error)
-            sys.excepthook(RuntimeError, error, None)
-            if not MPI.Is_finalized():  # if all ranks have forgotten it: the exit status must tell
-                self._communicator.Abort(1)
-        self._service.stop()
+        self._meet_servers(Topic.FINISH, {})
+        self._service.close()
+        if self.size == hvd.size():  # Horovod may end MPI on all ranks as soon as one of them goes
+            hvd.barrier()

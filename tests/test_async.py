@@ -905,6 +905,7 @@ print("the end")
         ("logical", "if hvd.rank() == 1: raise ArithmeticError('a bad day')", "ArithmeticError: a bad day"),
         ("free-running", "if hvd.rank() == 1: exit()", "without AsyncQsparseLocalSGD.finish"),
         ("free-running", "exit()", "without AsyncQsparseLocalSGD.finish"),
+        ("logical", "state = optimizer.state_dict(); hvd.rank() == 1 and exit(75)", "who finish or save their state"),
     ],
 )
 def test_ranks_that_end_in_the_middle_end_the_job(mode: str, wrong: str, text: str) -> None:
@@ -912,6 +913,15 @@ def test_ranks_that_end_in_the_middle_end_the_job(mode: str, wrong: str, text: s
     assert ended.returncode != 0
     assert text in ended.stdout
     assert "the end" not in ended.stdout
+
+
+@pytest.mark.parametrize("mode", ["logical", "free-running"])
+@pytest.mark.parametrize("within", ["", "with optimizer: "])
+def test_ranks_that_have_saved_their_states_may_end(mode: str, within: str) -> None:
+    """With the status that asks for another start, as after an interruption."""
+    ended = launch(2, SCRIPT.format(mode=mode, wrong=f"{within}state = optimizer.state_dict(); exit(75)"))
+    assert ended.returncode == 75
+    assert "Error" not in ended.stdout
 
 
 def runs_the_benchmark() -> None:
