@@ -72,6 +72,8 @@ def test_decay_by_hand() -> None:
     for decay in (0.0, 1.5):
         with pytest.raises(ValueError, match="decay"):
             Residual(decay=decay)
+    with pytest.raises(TypeError, match=r"^decay must be a number, got '0\.5'"):
+        Residual(decay="0.5")  # type: ignore[arg-type]
 
 
 def test_decay_rounds_the_product() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from .base import Memory, Sent
 
 
@@ -23,6 +24,7 @@ class Residual(Memory):
 
     Raises:
         ValueError: ``decay`` is out of its range.
+        TypeError: it is no number.
     """
 
     feeds_back = True
@@ -30,6 +32,7 @@ class Residual(Memory):
     takes_back = True
 
     def __init__(self, decay: float = 1.0) -> None:
+        check_numbers(decay=decay)
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay!r}")
         # Configuration
