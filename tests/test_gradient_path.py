@@ -496,7 +496,6 @@ def gradients_that_others_read(name: str, settings: dict[str, Any]) -> None:
         ("topk", {"k": 5, "memory": "dgc"}),
         ("topk", {"k": 5, "memory": "ef21", "dense_below": 70}),
         ("topk", {"k": 5, "exchange": "hierarchical", "nodes": [0, 1]}),
-        ("topk", {"k": 5, "exchange": "auto"}),
         ("qtopk", {"k": 5, "bits": 4}),
         ("qsgd", {"bits": 4}),
         ("adaptive_topk", {"ratio": 0.1, "exchanges": 4}),
