@@ -18,7 +18,7 @@ from test_wire import reseal, sample
 from torch import Tensor
 
 from hvd_compress import WireError
-from hvd_compress.kernels import add_at, all_finite, all_nonzero, is_finite, native, subtract_at, sum_at
+from hvd_compress.kernels import Sparse, add_at, all_finite, all_nonzero, is_finite, native, subtract_at, sum_at
 from hvd_compress.kernels.vectors import (
     add_at_by_torch,
     is_finite_by_torch,
@@ -185,39 +185,40 @@ def test_sums_at(
     def awkward_numbers(n: int) -> Tensor:
         return torch.tensor(AWKWARD, dtype=dtype)[torch.randint(len(AWKWARD), (n,), generator=generator)]
 
-    indices, values, counts = [], [], []
+    sparse = []
     for density, awkward in ranks:
         chosen = [torch.nonzero(torch.rand(n, generator=generator) < density).reshape(-1) for n in numels]
-        counts.append([len(places) for places in chosen])
-        indices.append(torch.cat([torch.empty(0, dtype=torch.int64), *chosen]))
-        drawn = torch.randn(len(indices[-1]), generator=generator, dtype=dtype)
+        indices = torch.cat([torch.empty(0, dtype=torch.int64), *chosen])
+        drawn = torch.randn(len(indices), generator=generator, dtype=dtype)
         is_odd = torch.rand(len(drawn), generator=generator) < awkward
-        values.append(torch.where(is_odd, awkward_numbers(len(drawn)), drawn))
+        values = torch.where(is_odd, awkward_numbers(len(drawn)), drawn)
+        sparse.append(Sparse(indices, values, [len(places) for places in chosen]))
     ours = [awkward_numbers(n) for n in numels]
     theirs = [flat.clone() for flat in ours]
-    subtract_at(ours, indices, values, counts, divisor)
-    subtract_at_by_torch(theirs, indices, values, counts, divisor)
+    subtract_at(ours, sparse, divisor)
+    subtract_at_by_torch(theirs, sparse, divisor)
     assert all(map(equal, ours, theirs))
     ours, theirs = ([torch.full((n,), math.nan, dtype=dtype) for n in numels] for _ in range(2))
-    sum_at(ours, indices, values, counts, divisor)
-    sum_at_by_torch(theirs, indices, values, counts, divisor)
+    sum_at(ours, sparse, divisor)
+    sum_at_by_torch(theirs, sparse, divisor)
     assert all(map(equal, ours, theirs))
     for threads in (2, 3):  # in blocks that begin elsewhere
-        loop_sum_at(ours, indices, values, counts, divisor, threads)
+        loop_sum_at(ours, sparse, divisor, threads)
         assert all(map(equal, ours, theirs))
 
 
-def loop_sum_at(flats: list[Tensor], indices: list[Tensor], values: list[Tensor], *others: Any) -> None:
-    loops.sum_at([f.numpy() for f in flats], [i.numpy() for i in indices], [v.numpy() for v in values], *others)
+def loop_sum_at(flats: list[Tensor], sparse: list[Sparse], *others: Any) -> None:
+    indices, values = [rank.indices.numpy() for rank in sparse], [rank.values.numpy() for rank in sparse]
+    loops.sum_at([f.numpy() for f in flats], indices, values, [rank.counts for rank in sparse], *others)
 
 
 def test_sum_at_of_many_by_several_threads() -> None:
     generator = torch.Generator().manual_seed(0)
     indices = [torch.randperm(LARGE, generator=generator)[:50_000].sort().values for _ in range(3)]
-    values = [torch.randn(50_000, generator=generator) for _ in range(3)]
+    sparse = [Sparse(i, torch.randn(50_000, generator=generator), [50_000]) for i in indices]
     ours, theirs = torch.empty(LARGE), torch.empty(LARGE)
-    sum_at_by_torch([theirs], indices, values, [[50_000]] * 3, 3.0)
-    loop_sum_at([ours], indices, values, [[50_000]] * 3, 3.0, 3)
+    sum_at_by_torch([theirs], sparse, 3.0)
+    loop_sum_at([ours], sparse, 3.0, 3)
     assert equal(ours, theirs)
 
 
@@ -228,8 +229,7 @@ def test_sum_at_writes_all_of_a_large_vector_and_nothing_else(start: int, dtype:
     around = torch.full((numel + 40,), 7, dtype=dtype)
     flat = around[start : start + numel]
     places = torch.tensor([0, 1, 5000, numel - 2, numel - 1])
-    values = [torch.ones(5, dtype=dtype), torch.ones(4, dtype=dtype)]
-    sum_at([flat], [places, places[1:]], values, [[5], [4]], 2.0)
+    sum_at([flat], [Sparse(p, torch.ones(len(p), dtype=dtype), [len(p)]) for p in (places, places[1:])], 2.0)
     expected = torch.zeros(numel, dtype=dtype)
     expected[places] = torch.tensor([0.5, 1, 1, 1, 1], dtype=dtype)
     assert torch.equal(flat, expected)
@@ -242,16 +242,16 @@ def test_sum_at_writes_all_of_a_large_vector_and_nothing_else(start: int, dtype:
 def test_sums_at_bad_indices_change_nothing(loop: Callable[..., None], places: list[int]) -> None:
     flat = torch.arange(10.0)
     with pytest.raises(ValueError, match="strictly ascending and below"):
-        loop([flat], [torch.tensor([0, 1]), torch.tensor(places)], [torch.ones(2), torch.ones(2)], [[2], [2]])
+        loop([flat], [Sparse(torch.tensor(two), torch.ones(2), [2]) for two in ([0, 1], places)])
     assert torch.equal(flat, torch.arange(10.0))
 
 
 @pytest.mark.parametrize("loop", [sum_at, subtract_at])
-@pytest.mark.parametrize("counts", [[[2, 0]], [[2, 2]], [[4, -1]], [[3]], [], [[1, 2], [1, 2]]])
-def test_sums_at_wrong_counts_change_nothing(loop: Callable[..., None], counts: list[list[int]]) -> None:
+@pytest.mark.parametrize("counts", [[2, 0], [2, 2], [4, -1], [3], [], [1, 1, 1]])
+def test_sums_at_wrong_counts_change_nothing(loop: Callable[..., None], counts: list[int]) -> None:
     flats = [torch.arange(5.0), torch.arange(5.0)]
     with pytest.raises(ValueError, match="count"):
-        loop(flats, [torch.tensor([0, 1, 2])], [torch.ones(3)], counts)
+        loop(flats, [Sparse(torch.tensor([0, 1, 2]), torch.ones(3), counts)])
     assert all(torch.equal(flat, torch.arange(5.0)) for flat in flats)
 
 
@@ -482,6 +482,9 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.add_top_k(read_only, x, read_only, 1, 1, unit),
         lambda: loops.add_at(read_only, indices, x[:2], 1.0),
         lambda: loops.add_at(x, indices, x[:3], 1.0),
+        lambda: loops.sum_at([x], [indices], [x[:2]], [], 1.0, 1),
+        lambda: loops.sum_at([x], [indices], [x[:2]], [[2], [2]], 1.0, 1),
+        lambda: loops.sum_at([x], [indices], [x[:3]], [[2]], 1.0, 1),
         lambda: loops.encode_indices(indices, np.array([[3, 1, 1, 9]])),
         lambda: loops.encode_indices(indices, np.array([[2, 32, 1, 9]])),
         lambda: loops.encode_indices(indices, np.array([2, 1, 1, 9])),

@@ -4,9 +4,10 @@ from .draws import draw_seed
 from .hadamard import hadamard, next_power_of_two, random_signs
 from .rounding import choose_by_chance, look_up, round_by_chance
 from .subset import random_subset
-from .vectors import add_at, all_finite, all_nonzero, is_finite, subtract_at, sum_at
+from .vectors import Sparse, add_at, all_finite, all_nonzero, is_finite, subtract_at, sum_at
 
 __all__ = [
+    "Sparse",
     "add_at",
     "all_finite",
     "all_nonzero",

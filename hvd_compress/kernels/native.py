@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .vectors import Sparse
 
 try:
     import hvd_compress.kernels._native as _native
@@ -81,28 +85,19 @@ def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
     _native.add_at(flat.numpy(), indices.numpy(), values.numpy(), alpha)
 
 
-def sum_at(
-    flats: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    counts: Sequence[Sequence[int]],
-    divisor: float,
-) -> None:
+def sum_at(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float) -> None:
     """:func:`.vectors.sum_at`."""
-    vectors, places, numbers = ([t.numpy() for t in tensors] for tensors in (flats, indices, values))
-    _native.sum_at(vectors, places, numbers, counts, divisor, torch.get_num_threads())
+    _native.sum_at(*_arrays(flats, ranks), divisor, torch.get_num_threads())
 
 
-def subtract_at(
-    flats: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    counts: Sequence[Sequence[int]],
-    divisor: float,
-) -> None:
+def subtract_at(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float) -> None:
     """:func:`.vectors.subtract_at`."""
-    vectors, places, numbers = ([t.numpy() for t in tensors] for tensors in (flats, indices, values))
-    _native.subtract_at(vectors, places, numbers, counts, divisor)
+    _native.subtract_at(*_arrays(flats, ranks), divisor)
+
+
+def _arrays(flats: Sequence[Tensor], ranks: Sequence[Sparse]) -> tuple[Any, Any, Any, Any]:
+    columns = [r.indices.numpy() for r in ranks], [r.values.numpy() for r in ranks], [r.counts for r in ranks]
+    return [flat.numpy() for flat in flats], *columns
 
 
 def random_subset(seed: int, numel: int, count: int) -> Tensor:

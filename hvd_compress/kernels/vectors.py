@@ -4,11 +4,20 @@ The ``…_by_torch`` functions are the definitions; the others equal them bit fo
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
+
+
+class Sparse(NamedTuple):
+    """Vectors of which some elements are given, one vector after the other."""
+
+    indices: Tensor  # int64 [n]; within a vector they ascend strictly from 0 to below its length
+    values: Tensor  # [n]: the elements
+    counts: Sequence[int]  # how many there are of each vector; they add up to n
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -63,76 +72,48 @@ def add_at_by_torch(flat: Tensor, indices: Tensor, values: Tensor, alpha: float 
     flat.index_add_(0, indices, values, alpha=alpha)
 
 
-def sum_at(
-    flats: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    counts: Sequence[Sequence[int]],
-    divisor: float = 1.0,
-) -> None:
+def sum_at(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float = 1.0) -> None:
     """Each of ``flats`` becomes a sum of sparse vectors, one of each rank, in order of ranks, over ``divisor``.
 
     Args:
         flats: float32 or float64 ``[d]`` each, all of one dtype and on one device; may hold anything before.
-        indices: of each rank int64 ``[n]``: its elements' indices in the first of ``flats``, then in the next. Those
-            in one ascend strictly, 0 ≤ index < d.
-        values: of each rank ``[n]``, of the dtype of ``flats``: the elements.
-        counts: of each rank, how many elements it has in each of ``flats``; they add up to n.
+        ranks: of each rank, vectors of the lengths, dtype and device of ``flats``.
         divisor: of the sums, each of which is rounded once more by it.
 
     Raises:
         ValueError, IndexError: counts do not add up; indices do not ascend, or are out of bounds (on the CPU).
     """
-    if native.serves(*flats, *indices, *values):
-        native.sum_at(flats, indices, values, counts, divisor)
+    if native.serves(*flats, *(t for rank in ranks for t in rank[:2])):
+        native.sum_at(flats, ranks, divisor)
     else:
-        sum_at_by_torch(flats, indices, values, counts, divisor)
+        sum_at_by_torch(flats, ranks, divisor)
 
 
-def sum_at_by_torch(
-    flats: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    counts: Sequence[Sequence[int]],
-    divisor: float = 1.0,
-) -> None:
+def sum_at_by_torch(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float = 1.0) -> None:
     """See :func:`sum_at`."""
-    places = [i.split([*count]) for i, count in zip(indices, counts, strict=True)]
-    numbers = [v.split([*count]) for v, count in zip(values, counts, strict=True)]
+    parts = [[t.split([*rank.counts]) for t in rank[:2]] for rank in ranks]
     for which, flat in enumerate(flats):
         flat.zero_()
-        for rank in range(len(counts)):
-            flat.index_add_(0, places[rank][which], numbers[rank][which])
+        for indices, values in parts:
+            flat.index_add_(0, indices[which], values[which])
         flat.div_(divisor)
 
 
-def subtract_at(
-    flats: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    counts: Sequence[Sequence[int]],
-    divisor: float = 1.0,
-) -> None:
+def subtract_at(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float = 1.0) -> None:
     """``flats`` less what :func:`sum_at` would make of the other arguments, in place.
 
     Raises:
         ValueError, IndexError: as :func:`sum_at`.
     """
-    if native.serves(*flats, *indices, *values):
-        native.subtract_at(flats, indices, values, counts, divisor)
+    if native.serves(*flats, *(t for rank in ranks for t in rank[:2])):
+        native.subtract_at(flats, ranks, divisor)
     else:
-        subtract_at_by_torch(flats, indices, values, counts, divisor)
+        subtract_at_by_torch(flats, ranks, divisor)
 
 
-def subtract_at_by_torch(
-    flats: Sequence[Tensor],
-    indices: Sequence[Tensor],
-    values: Sequence[Tensor],
-    counts: Sequence[Sequence[int]],
-    divisor: float = 1.0,
-) -> None:
+def subtract_at_by_torch(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float = 1.0) -> None:
     """See :func:`subtract_at`."""
     sums = [torch.empty_like(flat) for flat in flats]
-    sum_at_by_torch(sums, indices, values, counts, divisor)
+    sum_at_by_torch(sums, ranks, divisor)
     for flat, total in zip(flats, sums, strict=True):
         flat.sub_(total)

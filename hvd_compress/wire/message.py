@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import add_at, is_finite, random_subset, subtract_at, sum_at
+from ..kernels import Sparse, add_at, is_finite, random_subset, subtract_at, sum_at
 from .values import Floats, Values
 
 
@@ -161,7 +161,7 @@ class Fused(Sequence[Message]):
     def __init__(
         self, shapes: Sequence[tuple[int, ...]], counts: Sequence[int], indices: Tensor, values: Tensor
     ) -> None:
-        self.counts, self.indices, self.values = counts, indices, values
+        self.vectors = Sparse(indices, values, counts)
         self._shapes = shapes
 
     def __len__(self) -> int:
@@ -176,7 +176,8 @@ class Fused(Sequence[Message]):
 
     @cached_property
     def _cut(self) -> list[Message]:
-        parts = zip(self._shapes, self.indices.split([*self.counts]), self.values.split([*self.counts]), strict=True)
+        indices, values, counts = self.vectors
+        parts = zip(self._shapes, indices.split([*counts]), values.split([*counts]), strict=True)
         return [Message(shape, indices, Floats(values)) for shape, indices, values in parts]
 
 
@@ -189,7 +190,7 @@ def add_up(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], divisor:
         divisor: 1 for the sum.
     """
     if (fused := _alike(ranks, flats)) is not None:
-        sum_at(flats, *fused, divisor)
+        sum_at(flats, fused, divisor)
         return
     for flat, messages in zip(flats, zip(*ranks, strict=True), strict=True):
         _add_up([message.to(flat.device) for message in messages], flat, divisor)
@@ -203,29 +204,24 @@ def subtract(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], diviso
         flats: floating point ``[d]`` each.
     """
     if (fused := _alike(ranks, flats)) is not None:
-        subtract_at(flats, *fused, divisor)
+        subtract_at(flats, fused, divisor)
         return
     for flat, messages in zip(flats, zip(*ranks, strict=True), strict=True):
         _subtract([message.to(flat.device) for message in messages], flat, divisor)
 
 
-_Columns = tuple[list[Tensor], list[Tensor], list[Sequence[int]]]
-
-
-def _alike(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor]) -> _Columns | None:
-    """Each rank's indices, values and counts, if all are fused and of the dtype and on the device of ``flats``."""
-    fused = [messages for messages in ranks if isinstance(messages, Fused)]
+def _alike(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor]) -> list[Sparse] | None:
+    """Each rank's messages in one, if all are fused and of the dtype and on the device of ``flats``."""
+    fused = [messages.vectors for messages in ranks if isinstance(messages, Fused)]
     kinds = {(t.dtype, t.device) for t in (*flats, *(f.values for f in fused))}
-    if len(fused) < len(ranks) or len(kinds) > 1:
-        return None
-    return [f.indices for f in fused], [f.values for f in fused], [f.counts for f in fused]
+    return None if len(fused) < len(ranks) or len(kinds) > 1 else fused
 
 
 def _add_up(messages: Sequence[Message], flat: Tensor, divisor: float) -> None:
     indices = [m.indices for m in messages if m.indices is not None]
     if len(indices) == len(messages):
         values = [m.values.decode().to(flat.dtype) for m in messages]
-        sum_at([flat], indices, values, [[len(i)] for i in indices], divisor)
+        sum_at([flat], _each(indices, values), divisor)
         return
     flat.zero_()
     for message in messages:
@@ -237,8 +233,12 @@ def _subtract(messages: Sequence[Message], flat: Tensor, divisor: float) -> None
     indices = [m.indices for m in messages if m.indices is not None]
     values = [m.values.decode() for m in messages]
     if len(indices) == len(messages) and all(v.dtype == flat.dtype for v in values):
-        subtract_at([flat], indices, values, [[len(i)] for i in indices], divisor)
+        subtract_at([flat], _each(indices, values), divisor)
         return
     total = torch.empty(len(flat), dtype=torch.promote_types(flat.dtype, torch.float32), device=flat.device)
     _add_up(messages, total, divisor)
     flat.sub_(total.to(flat.dtype))
+
+
+def _each(indices: Sequence[Tensor], values: Sequence[Tensor]) -> list[Sparse]:
+    return [Sparse(i, v, [len(i)]) for i, v in zip(indices, values, strict=True)]
