@@ -165,9 +165,11 @@ def test_add_at(numel: int, data: st.DataObject, dtype: torch.dtype, alpha: floa
     some = [data.draw(st.lists(numbers, min_size=n, max_size=n)) for n in (numel, len(indices))]
     flat, values = (torch.tensor(x, dtype=dtype) for x in some)
     theirs = flat.clone()
-    add_at(flat, indices, values, alpha)
+    ours = [flat, flat.clone()]
+    add_at(ours[0], indices, values, alpha)
+    add_at(ours[1], indices.to(torch.int32), values, alpha)
     add_at_by_torch(theirs, indices, values, alpha)
-    assert equal(flat, theirs)
+    assert all(equal(one, theirs) for one in ours)
 
 
 @given(
@@ -175,10 +177,16 @@ def test_add_at(numel: int, data: st.DataObject, dtype: torch.dtype, alpha: floa
     st.sampled_from(FLOATS),
     st.sampled_from([1.0, 2.0, 3.0, 7.0]),
     st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.5])), max_size=4),
+    st.sampled_from([torch.int32, torch.int64]),
     st.integers(0, 2**32),
 )
 def test_sums_at(
-    numels: list[int], dtype: torch.dtype, divisor: float, ranks: list[tuple[float, float]], seed: int
+    numels: list[int],
+    dtype: torch.dtype,
+    divisor: float,
+    ranks: list[tuple[float, float]],
+    places: torch.dtype,
+    seed: int,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
 
@@ -192,7 +200,7 @@ def test_sums_at(
         drawn = torch.randn(len(indices), generator=generator, dtype=dtype)
         is_odd = torch.rand(len(drawn), generator=generator) < awkward
         values = torch.where(is_odd, awkward_numbers(len(drawn)), drawn)
-        sparse.append(Sparse(indices, values, [len(places) for places in chosen]))
+        sparse.append(Sparse(indices.to(places), values, [len(these) for these in chosen]))
     ours = [awkward_numbers(n) for n in numels]
     theirs = [flat.clone() for flat in ours]
     subtract_at(ours, sparse, divisor)
@@ -314,8 +322,16 @@ def test_index_streams(message: tuple[Tensor, Tensor]) -> None:
     unary_by_torch, fixed_by_torch, bits_by_torch = encode_indices_by_torch(indices, table)
     assert (bits_of(unary), bits_of(fixed)) == (bits_of(unary_by_torch), bits_of(fixed_by_torch))
     assert bits == bits_by_torch
+    is_narrow = bool((table[:, 3] <= 2**31).all())
     for decoder in (decode_indices, decode_indices_by_torch):
         assert torch.equal(decoder(unary, fixed, table), indices)
+        if is_narrow:
+            narrow = decoder(unary, fixed, table, torch.int32)
+            assert narrow.dtype == torch.int32
+            assert torch.equal(narrow.to(torch.int64), indices)
+        else:
+            with pytest.raises(WireError, match="more elements than"):
+                decoder(unary, fixed, table, torch.int32)
 
 
 @given(coded(), st.data())
@@ -352,9 +368,10 @@ def test_changed_index_streams_have_one_outcome(message: tuple[Tensor, Tensor], 
     if len(table) and rng.random() < 0.3:
         table[rng.randrange(len(table)), 3] = rng.choice([0, 1, 50, 2**40])
     outcomes: list[list[int] | None] = []
+    dtype = rng.choice([torch.int32, torch.int64])
     for decoder in (decode_indices, decode_indices_by_torch):
         try:
-            outcomes.append(decoder(unary, fixed, table).tolist())
+            outcomes.append(decoder(unary, fixed, table, dtype).tolist())
         except WireError:
             outcomes.append(None)
     assert outcomes[0] == outcomes[1]
@@ -371,7 +388,7 @@ def test_any_table_and_streams_are_refused_or_within_bounds(
     rows = [[abs(count) % 40, parameter % 33, rice % 2, numel] for count, parameter, rice, numel in rows]
     table = np.array(rows, np.int64).reshape(-1, 4)
     try:
-        indices = loops.decode_indices(np.frombuffer(unary, np.uint8), np.frombuffer(fixed, np.uint8), table)
+        indices = loops.decode_indices64(np.frombuffer(unary, np.uint8), np.frombuffer(fixed, np.uint8), table)
     except ValueError:
         return
     assert len(indices) == table[:, 0].sum()
@@ -390,7 +407,8 @@ def test_levels(bits: int, count: int, seed: int) -> None:
     levels = levels.to(torch.uint8) if bits <= 8 else levels
     packed = pack_levels(levels, bits)
     assert bits_of(packed) == bits_of(pack_levels_by_torch(levels, bits))
-    assert bits_of(packed) == bits_of(pack_levels(levels.to(torch.int64), bits))
+    for wider in (torch.int32, torch.int64):
+        assert bits_of(packed) == bits_of(pack_levels(levels.to(wider), bits))
     unpacked = unpack_levels(packed, bits, count)
     assert unpacked.dtype == unpack_levels_by_torch(packed, bits, count).dtype
     assert torch.equal(unpacked, levels)
@@ -464,7 +482,8 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x.tolist(), 1, 1, unit),
         lambda: loops.add_top_k(x, x.astype(np.float64), x, 1, 1, unit),
         lambda: loops.is_finite(x[::2], 1),
-        lambda: loops.add_at(x, indices.astype(np.int32), x[:2], 1.0),
+        lambda: loops.add_at(x, indices.astype(np.uint32), x[:2], 1.0),
+        lambda: loops.sum_at([x, x], [indices, indices.astype(np.int32)], [x[:2]] * 2, [[1, 1]] * 2, 1.0, 1),
         lambda: loops.add_at(x, indices, x[:2].astype(np.float64), 1.0),
         lambda: loops.pack_levels(x, 3),
     ):
@@ -490,9 +509,9 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.encode_indices(indices, np.array([2, 1, 1, 9])),
         lambda: loops.encode_indices(indices, np.array([[1, 1, 1, 9], [2, 1, 1, 9]])),
         lambda: loops.encode_indices(indices, np.array([[2**62, 1, 1, 9]])),
-        lambda: loops.decode_indices(bytes_, bytes_, np.array([[2, 1, 1, 9]])),
-        lambda: loops.decode_indices(bytes_, bytes_, np.array([[2**62, 0, 1, 9]])),
-        lambda: loops.decode_indices(bytes_, bytes_, np.array([[-1, 1, 1, 9]])),
+        lambda: loops.decode_indices64(bytes_, bytes_, np.array([[2, 1, 1, 9]])),
+        lambda: loops.decode_indices64(bytes_, bytes_, np.array([[2**62, 0, 1, 9]])),
+        lambda: loops.decode_indices32(bytes_, bytes_, np.array([[-1, 1, 1, 9]])),
         lambda: loops.pack_levels(bytes_, 17),
         lambda: loops.unpack_levels(bytes_, 4, 9),
         lambda: loops.unpack_levels(bytes_, 4, -1),
@@ -505,7 +524,7 @@ def test_wrong_arguments_are_errors() -> None:
 def test_what_the_loops_do_not_have_goes_to_torch() -> None:
     x = torch.randn(6, 4)
     assert native.serves(x)
-    for other in (x.t(), x[:, 1], x.half(), x.to(torch.int32), x.clone().requires_grad_(), x.to("meta")):
+    for other in (x.t(), x[:, 1], x.half(), x.to(torch.int16), x.clone().requires_grad_(), x.to("meta")):
         assert not native.serves(other)
     apart = torch.zeros(8)[::2]
     add_at(apart, torch.tensor([1, 3]), torch.ones(2))

@@ -208,7 +208,7 @@ def test_every_element_is_rounded_up_as_often_as_its_draws_say(dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("levels", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("levels", [torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("entries", [1, 2, 200])
 def test_look_up(entries: int, levels: torch.dtype, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def test_look_up(entries: int, levels: torch.dtype, dtype: torch.dtype) -> None:
     chosen[77] = entries
     with pytest.raises(IndexError):
         look_up(table, chosen)
-    if levels == torch.int64:
+    if levels.is_signed:
         chosen[77] = -1
         with pytest.raises(IndexError):
             look_up(table, chosen)

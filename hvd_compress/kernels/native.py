@@ -30,7 +30,7 @@ else:
     _available = True
     _UNIT = _native.vector_units()[0]
 
-_DTYPES = (torch.float32, torch.float64, torch.int64, torch.uint8)
+_DTYPES = (torch.float32, torch.float64, torch.int32, torch.int64, torch.uint8)
 
 
 def description() -> str:
@@ -146,9 +146,10 @@ def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list
     return torch.from_numpy(unary), torch.from_numpy(fixed), unary_bits
 
 
-def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor) -> Tensor:
+def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """``wire.indices.decode_indices``, but for a ValueError in place of a WireError."""
-    return torch.from_numpy(_native.decode_indices(unary.numpy(), fixed.numpy(), table.numpy()))
+    decode = _native.decode_indices32 if dtype == torch.int32 else _native.decode_indices64
+    return torch.from_numpy(decode(unary.numpy(), fixed.numpy(), table.numpy()))
 
 
 def pack_levels(levels: Tensor, bits: int) -> Tensor:

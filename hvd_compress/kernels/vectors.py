@@ -15,7 +15,7 @@ from . import native
 class Sparse(NamedTuple):
     """Vectors of which some elements are given, one vector after the other."""
 
-    indices: Tensor  # int64 [n]; within a vector they ascend strictly from 0 to below its length
+    indices: Tensor  # int32 or int64 [n]; within a vector they ascend strictly from 0 to below its length
     values: Tensor  # [n]: the elements
     counts: Sequence[int]  # how many there are of each vector; they add up to n
 
@@ -54,7 +54,7 @@ def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) ->
 
     Args:
         flat: float32 or float64 ``[d]``.
-        indices: int64 ``[k]``, 0 ≤ index < d.
+        indices: int32 or int64 ``[k]``, 0 ≤ index < d.
         values: ``[k]``, of the dtype of ``flat``.
         alpha: the product is rounded before it is added.
 

@@ -35,21 +35,23 @@ def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list
     return encode_indices_by_torch(indices, table)
 
 
-def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor) -> Tensor:
-    """Inverse of :func:`encode_indices`: int64, the indices of all messages one after the other.
+def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Inverse of :func:`encode_indices`: the indices of all messages one after the other.
 
     Args:
         unary: uint8, may hold anything.
         fixed: uint8, of the length that the table asks for; may hold anything.
         table: see above.
+        dtype: of the result, int32 or int64.
 
     Raises:
-        WireError: the streams are not what :func:`encode_indices` makes of such a table.
+        WireError: the streams are not what :func:`encode_indices` makes of such a table, or its tensors are too large
+            for the dtype.
     """
     if not native.serves(unary, fixed):
-        return decode_indices_by_torch(unary, fixed, table)
+        return decode_indices_by_torch(unary, fixed, table, dtype)
     try:
-        return native.decode_indices(unary, fixed, table)
+        return native.decode_indices(unary, fixed, table, dtype)
     except ValueError as error:
         raise WireError(f"the message does not hold what its table says: {error}") from None
 
@@ -75,8 +77,10 @@ def encode_indices_by_torch(indices: Tensor, table: Tensor) -> tuple[Tensor, Ten
     return unary_stream, pack_fields(fields, remainder, int((table[:, 0] * table[:, 1]).sum())), unary_bits
 
 
-def decode_indices_by_torch(unary: Tensor, fixed: Tensor, table: Tensor) -> Tensor:
+def decode_indices_by_torch(unary: Tensor, fixed: Tensor, table: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """See :func:`decode_indices`."""
+    if bool((table[:, 3] - 1 > torch.iinfo(dtype).max).any()):
+        raise WireError(f"a tensor has more elements than {dtype} indices can tell")
     owner, starts = _owners(table, unary.device)
     remainder, is_rice, numel = _per_element(owner, table)
     expected = int((table[:, 0] * table[:, 2]).sum())
@@ -96,7 +100,7 @@ def decode_indices_by_torch(unary: Tensor, fixed: Tensor, table: Tensor) -> Tens
     previous[starts] = -1
     if bool(((indices <= previous) | (indices >= numel)).any()):
         raise WireError("the message's indices are not strictly ascending and below the tensor's size")
-    return indices
+    return indices.to(dtype)
 
 
 def _owners(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -154,7 +154,7 @@ class Fused(Sequence[Message]):
 
     Args:
         shapes, counts: of each message; see :class:`Message`.
-        indices: int64 ``[n]``.
+        indices: int32 or int64 ``[n]``: each is held until all ranks' messages are summed.
         values: floating point ``[n]``.
     """
 
@@ -177,7 +177,7 @@ class Fused(Sequence[Message]):
     @cached_property
     def _cut(self) -> list[Message]:
         indices, values, counts = self.vectors
-        parts = zip(self._shapes, indices.split([*counts]), values.split([*counts]), strict=True)
+        parts = zip(self._shapes, indices.to(torch.int64).split([*counts]), values.split([*counts]), strict=True)
         return [Message(shape, indices, Floats(values)) for shape, indices, values in parts]
 
 

@@ -118,7 +118,7 @@ def encode(
     table = table_of(tuple(map(row_of, ids, kept)))
 
     coded = [i for place in table.coded if (i := kept[place].indices) is not None]
-    indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
+    indices = torch.cat(coded).to(torch.int64) if coded else torch.empty(0, dtype=torch.int64, device=device)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
     levels = [pack_levels(q.levels, q.bits) for m in kept if isinstance(q := unrotated(m.values), Levels)]
     floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
@@ -225,7 +225,7 @@ def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], l
     if unary_bytes < 0:
         raise WireError(f"the table asks for {-unary_bytes} bytes more than the message has")
     unary, fixed, levels, rest = streams.split([unary_bytes, *sizes])
-    coded = decode_indices(unary, fixed, table.index_rows)
+    coded = decode_indices(unary, fixed, table.index_rows, table.index_dtype if table.is_sparse else torch.int64)
     sections = _decode_floats(table, rest)
     there = [section for section in sections if section.numel()]
     if table.is_sparse:

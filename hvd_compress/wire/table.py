@@ -127,9 +127,14 @@ class Table:
         kinds = {(row.kind, row.dtype) for row in self.rows}
         return len(self.coded) == len(self.rows) and len(kinds) == 1 and kinds.pop()[0] == FLOATS
 
+    @cached_property
+    def index_dtype(self) -> torch.dtype:
+        """The narrower one that suffices: int32 or int64."""
+        return torch.int32 if max(self.numels, default=0) <= 1 << 31 else torch.int64
+
     def fused(self, indices: Tensor, values: Tensor) -> Fused:
         """The messages, if the table :attr:`is_sparse`."""
-        return Fused(self.shapes, self.counts, indices, values)
+        return Fused(self.shapes, self.counts, indices.to(self.index_dtype), values)
 
     @property
     def fixed_bytes(self) -> int:

@@ -40,25 +40,26 @@ template <class Float>
 bool all_nonzero(const Float* x, Index n);
 
 // flat[indices[i]] += alpha * values[i], in order. Throws std::out_of_range before anything is written.
-template <class Float>
-void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha);
+// Here and below a Place is 32 or 64 bits wide, with a sign.
+template <class Float, class Place>
+void add_at(Float* flat, Index n, const Place* indices, const Float* values, Index count, Float alpha);
 
 // One message's part in a sum.
-template <class Float>
+template <class Float, class Place>
 struct Part {
-    const Index* indices;  // ascending
+    const Place* indices;  // ascending
     const Float* values;
     Index count;
 };
 
 // flat[n] becomes the sum of the parts, in their order, divided by divisor; it may hold anything before. Throws
 // std::invalid_argument before anything is written unless each part's indices ascend strictly from 0 to below n.
-template <class Float>
-void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads);
+template <class Float, class Place>
+void sum_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, Float divisor, int threads);
 
 // flat[n] less that sum. Throws as sum_at does.
-template <class Float>
-void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor);
+template <class Float, class Place>
+void subtract_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, Float divisor);
 
 // philox.cpp. n draws from [0, 1), which depend on the seed and their place only.
 template <class Float>
@@ -109,9 +110,11 @@ void encode_indices(const Index* indices, const Row* rows, Index messages, std::
                     std::size_t unary_bytes, std::uint8_t* fixed, std::size_t fixed_bytes, Index* unary_bits);
 
 // Reads nothing outside the streams and writes nothing outside `indices`, whatever the streams hold. Throws
-// std::invalid_argument unless they hold exactly the ascending indices that the rows announce.
+// std::invalid_argument unless they hold exactly the ascending indices that the rows announce, and a Place can hold
+// those of such tensors.
+template <class Place>
 void decode_indices(const std::uint8_t* unary, std::size_t unary_bytes, const std::uint8_t* fixed,
-                    std::size_t fixed_bytes, const Row* rows, Index messages, Index* indices);
+                    std::size_t fixed_bytes, const Row* rows, Index messages, Place* indices);
 
 // Levels of 1 to 16 bits, one after the other, lowest bit first; ceil(count * bits / 8) bytes.
 template <class Level>

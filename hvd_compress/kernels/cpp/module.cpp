@@ -91,27 +91,28 @@ bool all_nonzero_of(const std::vector<Array<Float>>& vectors) {
     return std::all_of(vectors.begin(), vectors.end(), [](const auto& v) { return all_nonzero(v.data(), v.size()); });
 }
 
-template <class Float>
-void add_at_of(Array<Float>& flat, const Array<Index>& indices, const Array<Float>& values, Float alpha) {
+template <class Float, class Place>
+void add_at_of(Array<Float>& flat, const Array<Place>& indices, const Array<Float>& values, Float alpha) {
     require_vector(flat, "flat");
     require_vector(indices, "indices");
     require_vector(values, "values");
     require(indices.size() == values.size(), "indices and values must be of one length");
     Float* x = flat.mutable_data();
-    const Index *i = indices.data(), n = flat.size(), count = indices.size();
+    const Place* i = indices.data();
+    const Index n = flat.size(), count = indices.size();
     const Float* v = values.data();
     py::gil_scoped_release released;
     add_at(x, n, i, v, count, alpha);
 }
 
 // Calls work(flat, n, parts) for each of the vectors, with its share of each rank's indices and values.
-template <class Float, class Work>
-void for_each_sum(std::vector<Array<Float>>& flats, const std::vector<Array<Index>>& indices,
+template <class Float, class Place, class Work>
+void for_each_sum(std::vector<Array<Float>>& flats, const std::vector<Array<Place>>& indices,
                   const std::vector<Array<Float>>& values, const std::vector<std::vector<Index>>& counts,
                   const Work& work) {
     const std::size_t ranks = counts.size();
     require(indices.size() == ranks && values.size() == ranks, "there must be indices, values and counts of each rank");
-    std::vector<Part<Float>> next;
+    std::vector<Part<Float, Place>> next;
     for (std::size_t r = 0; r < ranks; ++r) {
         require_vector(indices[r], "indices");
         require_vector(values[r], "values");
@@ -141,22 +142,20 @@ void for_each_sum(std::vector<Array<Float>>& flats, const std::vector<Array<Inde
     }
 }
 
-template <class Float>
-void sum_at_of(std::vector<Array<Float>>& flats, const std::vector<Array<Index>>& indices,
+template <class Float, class Place>
+void sum_at_of(std::vector<Array<Float>>& flats, const std::vector<Array<Place>>& indices,
                const std::vector<Array<Float>>& values, const std::vector<std::vector<Index>>& counts, Float divisor,
                int threads) {
-    for_each_sum(flats, indices, values, counts, [&](Float* flat, Index n, const std::vector<Part<Float>>& parts) {
-        sum_at(flat, n, parts, divisor, threads);
-    });
+    for_each_sum(flats, indices, values, counts,
+                 [&](Float* flat, Index n, const auto& parts) { sum_at(flat, n, parts, divisor, threads); });
 }
 
-template <class Float>
-void subtract_at_of(std::vector<Array<Float>>& flats, const std::vector<Array<Index>>& indices,
+template <class Float, class Place>
+void subtract_at_of(std::vector<Array<Float>>& flats, const std::vector<Array<Place>>& indices,
                     const std::vector<Array<Float>>& values, const std::vector<std::vector<Index>>& counts,
                     Float divisor) {
-    for_each_sum(flats, indices, values, counts, [&](Float* flat, Index n, const std::vector<Part<Float>>& parts) {
-        subtract_at(flat, n, parts, divisor);
-    });
+    for_each_sum(flats, indices, values, counts,
+                 [&](Float* flat, Index n, const auto& parts) { subtract_at(flat, n, parts, divisor); });
 }
 
 Array<Index> random_subset_of(std::uint64_t seed, Index numel, Index count) {
@@ -306,15 +305,16 @@ py::tuple encode_indices_of(const Array<Index>& indices, const Array<Index>& row
     return py::make_tuple(unary[py::slice(0, written, 1)], std::move(fixed), std::move(bits));
 }
 
-Array<Index> decode_indices_of(const Bytes& unary, const Bytes& fixed, const Array<Index>& rows) {
+template <class Place>
+Array<Place> decode_indices_of(const Bytes& unary, const Bytes& fixed, const Array<Index>& rows) {
     require_vector(unary, "unary");
     require_vector(fixed, "fixed");
     const Table table = table_of(rows);
     require(table.fixed_bytes == fixed.size(), "the table asks for other fields than there are");
-    Array<Index> indices(table.count);
+    Array<Place> indices(table.count);
     const std::uint8_t *u = unary.data(), *f = fixed.data();
     const std::size_t unary_bytes = unary.size(), fixed_bytes = fixed.size();
-    Index* to = indices.mutable_data();
+    Place* to = indices.mutable_data();
     {
         py::gil_scoped_release released;
         decode_indices(u, unary_bytes, f, fixed_bytes, table.rows, table.messages, to);
@@ -361,6 +361,16 @@ py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
     return bits <= 8 ? unpack_levels_to<std::uint8_t>(from, count, bits) : unpack_levels_to<Index>(from, count, bits);
 }
 
+template <class Float, class Place>
+void bind_sums(py::module_& module) {
+    module.def("add_at", &add_at_of<Float, Place>, "flat"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "alpha"_a);
+    module.def("sum_at", &sum_at_of<Float, Place>, "flats"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "counts"_a, "divisor"_a, "threads"_a);
+    module.def("subtract_at", &subtract_at_of<Float, Place>, "flats"_a.noconvert(), "indices"_a.noconvert(),
+               "values"_a.noconvert(), "counts"_a, "divisor"_a);
+}
+
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
@@ -368,18 +378,16 @@ void bind_floats(py::module_& module) {
                "k"_a, "threads"_a, "unit"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());
-    module.def("add_at", &add_at_of<Float>, "flat"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
-               "alpha"_a);
-    module.def("sum_at", &sum_at_of<Float>, "flats"_a.noconvert(), "indices"_a.noconvert(), "values"_a.noconvert(),
-               "counts"_a, "divisor"_a, "threads"_a);
-    module.def("subtract_at", &subtract_at_of<Float>, "flats"_a.noconvert(), "indices"_a.noconvert(),
-               "values"_a.noconvert(), "counts"_a, "divisor"_a);
+    bind_sums<Float, std::int32_t>(module);
+    bind_sums<Float, std::int64_t>(module);
     module.def("hadamard", &hadamard_of<Float>, "flat"_a.noconvert(), "divisor"_a);
     module.def("round_by_chance", &round_by_chance_of<Float>, "flat"_a.noconvert(), "offset"_a, "steps"_a.noconvert(),
                "bucket"_a, "least"_a, "most"_a, "seed"_a, "threads"_a);
     module.def("choose_by_chance", &choose_by_chance_of<Float>, "flat"_a.noconvert(), "table"_a.noconvert(), "seed"_a,
                "threads"_a);
     module.def("look_up", &look_up_of<Float, std::uint8_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
+               "threads"_a);
+    module.def("look_up", &look_up_of<Float, std::int32_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
                "threads"_a);
     module.def("look_up", &look_up_of<Float, Index>, "table"_a.noconvert(), "levels"_a.noconvert(), "threads"_a);
 }
@@ -399,9 +407,12 @@ PYBIND11_MODULE(_native, module) {
     module.def("uniform32", &uniform_of<float>, "seed"_a, "n"_a, "threads"_a);
     module.def("uniform64", &uniform_of<double>, "seed"_a, "n"_a, "threads"_a);
     module.def("encode_indices", &encode_indices_of, "indices"_a.noconvert(), "table"_a.noconvert());
-    module.def("decode_indices", &decode_indices_of, "unary"_a.noconvert(), "fixed"_a.noconvert(),
+    module.def("decode_indices32", &decode_indices_of<std::int32_t>, "unary"_a.noconvert(), "fixed"_a.noconvert(),
+               "table"_a.noconvert());
+    module.def("decode_indices64", &decode_indices_of<std::int64_t>, "unary"_a.noconvert(), "fixed"_a.noconvert(),
                "table"_a.noconvert());
     module.def("pack_levels", &pack_levels_of<std::uint8_t>, "levels"_a.noconvert(), "bits"_a);
+    module.def("pack_levels", &pack_levels_of<std::int32_t>, "levels"_a.noconvert(), "bits"_a);
     module.def("pack_levels", &pack_levels_of<Index>, "levels"_a.noconvert(), "bits"_a);
     module.def("unpack_levels", &unpack_levels_of, "packed"_a.noconvert(), "bits"_a, "count"_a);
 }

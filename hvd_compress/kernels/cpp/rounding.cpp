@@ -138,5 +138,7 @@ HVD_INSTANTIATE(float, std::uint8_t)
 HVD_INSTANTIATE(float, Index)
 HVD_INSTANTIATE(double, std::uint8_t)
 HVD_INSTANTIATE(double, Index)
+template void look_up(const float*, Index, const std::int32_t*, Index, int, float*);
+template void look_up(const double*, Index, const std::int32_t*, Index, int, double*);
 
 }  // namespace hvd

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -149,8 +150,10 @@ void encode_indices(const Index* indices, const Row* rows, Index messages, Byte*
     }
 }
 
+template <class Place>
 void decode_indices(const Byte* unary, std::size_t unary_bytes, const Byte* fixed, std::size_t fixed_bytes,
-                    const Row* rows, Index messages, Index* indices) {
+                    const Row* rows, Index messages, Place* indices) {
+    constexpr Index highest = std::numeric_limits<Place>::max();
     UnaryReader runs(unary, unary_bytes);
     FieldReader fields(fixed, fixed_bytes);
     Index last = -1;  // position of the last 1 bit
@@ -158,6 +161,7 @@ void decode_indices(const Byte* unary, std::size_t unary_bytes, const Byte* fixe
         const Row row = rows[m];
         const int width = static_cast<int>(row.parameter);
         Index previous = -1;
+        if (row.numel - 1 > highest) throw std::invalid_argument("a tensor has more elements than its indices can tell");
         for (Index i = 0; i < row.count; ++i) {
             Index index;
             if (row.rice) {
@@ -171,7 +175,8 @@ void decode_indices(const Byte* unary, std::size_t unary_bytes, const Byte* fixe
                 index = static_cast<Index>(fields.take(width));
             }
             if (index <= previous || index >= row.numel) wrong_indices();
-            *indices++ = previous = index;
+            previous = index;
+            *indices++ = static_cast<Place>(index);
         }
     }
     if (runs.next() >= 0 || static_cast<std::size_t>(last + 8) / 8 != unary_bytes) {
@@ -213,7 +218,10 @@ void unpack_levels(const Byte* packed, Index count, int bits, Level* levels) {
     for (; i < count; ++i) levels[i] = static_cast<Level>(rest.take(bits));
 }
 
+template void decode_indices(const Byte*, std::size_t, const Byte*, std::size_t, const Row*, Index, std::int32_t*);
+template void decode_indices(const Byte*, std::size_t, const Byte*, std::size_t, const Row*, Index, std::int64_t*);
 template void pack_levels(const std::uint8_t*, Index, int, Byte*);
+template void pack_levels(const std::int32_t*, Index, int, Byte*);
 template void pack_levels(const std::int64_t*, Index, int, Byte*);
 template void unpack_levels(const Byte*, Index, int, std::uint8_t*);
 template void unpack_levels(const Byte*, Index, int, std::int64_t*);

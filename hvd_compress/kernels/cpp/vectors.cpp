@@ -91,8 +91,8 @@ bool all_nonzero(const Float* x, Index n) {
     return !found;
 }
 
-template <class Float>
-void add_at(Float* flat, Index n, const Index* indices, const Float* values, Index count, Float alpha) {
+template <class Float, class Place>
+void add_at(Float* flat, Index n, const Place* indices, const Float* values, Index count, Float alpha) {
     const auto size = static_cast<std::uint64_t>(n);
     bool outside = false;
     for (Index i = 0; i < count; ++i) outside |= static_cast<std::uint64_t>(indices[i]) >= size;  // negative is large
@@ -104,8 +104,8 @@ void add_at(Float* flat, Index n, const Index* indices, const Float* values, Ind
     }
 }
 
-template <class Float>
-void require_ascending(const std::vector<Part<Float>>& parts, Index n) {
+template <class Float, class Place>
+void require_ascending(const std::vector<Part<Float, Place>>& parts, Index n) {
     for (const auto& part : parts) {
         bool wrong = part.count && (part.indices[0] < 0 || part.indices[part.count - 1] >= n);
         for (Index i = 1; i < part.count; ++i) wrong |= part.indices[i] <= part.indices[i - 1];
@@ -114,8 +114,8 @@ void require_ascending(const std::vector<Part<Float>>& parts, Index n) {
 }
 
 // The sum is made one block after the other, in the cache, and then written out.
-template <class Float>
-void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor, int threads) {
+template <class Float, class Place>
+void sum_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, Float divisor, int threads) {
     require_ascending(parts, n);
     constexpr Index block = 4096;
     in_ranges(n, threads, [&](Index begin, Index end) {
@@ -128,7 +128,7 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
         for (Index from = begin; from < end; from += block) {
             const Index to = std::min(from + block, end);
             for (std::size_t p = 0; p < parts.size(); ++p) {
-                const Part<Float>& part = parts[p];
+                const auto& part = parts[p];
                 Index i = first[p] = behind[p];
                 for (; i < part.count && part.indices[i] < to; ++i) {
                     sum[part.indices[i] - from] += part.values[i];
@@ -155,8 +155,8 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float d
 
 // The sum is made one block after the other, beside the vector, of which only the elements in question are touched. An
 // element that several parts have is zero in the sum from the second visit on.
-template <class Float>
-void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Float divisor) {
+template <class Float, class Place>
+void subtract_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, Float divisor) {
     require_ascending(parts, n);
     constexpr Index block = 8192;
     Float sum[block] = {};
@@ -164,7 +164,7 @@ void subtract_at(Float* flat, Index n, const std::vector<Part<Float>>& parts, Fl
     for (Index from = 0; from < n; from += block) {
         const Index to = std::min(from + block, n);
         for (std::size_t p = 0; p < parts.size(); ++p) {
-            const Part<Float>& part = parts[p];
+            const auto& part = parts[p];
             Index i = first[p] = behind[p];
             for (; i < part.count && part.indices[i] < to; ++i) {
                 __builtin_prefetch(flat + part.indices[i], 1);
@@ -186,11 +186,14 @@ template bool is_finite(const float*, Index, int);
 template bool is_finite(const double*, Index, int);
 template bool all_nonzero(const float*, Index);
 template bool all_nonzero(const double*, Index);
-template void add_at(float*, Index, const Index*, const float*, Index, float);
-template void add_at(double*, Index, const Index*, const double*, Index, double);
-template void sum_at(float*, Index, const std::vector<Part<float>>&, float, int);
-template void sum_at(double*, Index, const std::vector<Part<double>>&, double, int);
-template void subtract_at(float*, Index, const std::vector<Part<float>>&, float);
-template void subtract_at(double*, Index, const std::vector<Part<double>>&, double);
+
+#define HVD_INSTANTIATE(Float, Place)                                                               \
+    template void add_at(Float*, Index, const Place*, const Float*, Index, Float);                  \
+    template void sum_at(Float*, Index, const std::vector<Part<Float, Place>>&, Float, int);        \
+    template void subtract_at(Float*, Index, const std::vector<Part<Float, Place>>&, Float);
+HVD_INSTANTIATE(float, std::int32_t)
+HVD_INSTANTIATE(float, std::int64_t)
+HVD_INSTANTIATE(double, std::int32_t)
+HVD_INSTANTIATE(double, std::int64_t)
 
 }  // namespace hvd
