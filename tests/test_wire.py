@@ -30,8 +30,19 @@ from hvd_compress.operators import (
     TopK,
     compose,
 )
-from hvd_compress.wire import HEADER_BYTES, Floats, Message, Symmetric, decode, encode, encode_failure
+from hvd_compress.wire import (
+    HEADER_BYTES,
+    Floats,
+    Message,
+    Symmetric,
+    add_up,
+    decode,
+    encode,
+    encode_failure,
+    subtract,
+)
 from hvd_compress.wire.bits import pack_fields, pack_unary, unpack_fields, unpack_unary
+from hvd_compress.wire.message import Fused
 from hvd_compress.wire.varint import append_varint
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -75,6 +86,49 @@ def test_round_trip_is_exact(sent: list[Message], round: int) -> None:
         assert_equal(a, b)
     assert HEADER_BYTES + sum(encoded.shares) == len(encoded.data)
     assert encode(packet.messages, round=round, energy=packet.energy).data.tobytes() == encoded.data.tobytes()
+
+
+@st.composite
+def alike(draw: st.DrawFn) -> list[list[Message]]:
+    """Sparse messages of a few ranks about the same tensors, all of them floats or all levels of as many steps."""
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    s = draw(st.sampled_from([0, 1, 3, 7, 200]))  # none: floats
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    numels = draw(st.lists(st.integers(2, 300), min_size=1, max_size=5))
+    ranks = []
+    for density in draw(st.lists(st.sampled_from([0.0, 0.02, 0.3]), min_size=1, max_size=4)):
+        about = []
+        for numel in numels:
+            indices = torch.nonzero(torch.rand(numel, generator=generator) < density).reshape(-1)[: numel - 1]
+            levels = torch.randint(2 * s + 1, (len(indices),), generator=generator)
+            scale = torch.randn(1, generator=generator, dtype=dtype) * draw(st.sampled_from([1.0, 0.0, math.inf]))
+            numbers = torch.randn(len(indices), generator=generator, dtype=dtype)
+            values = Symmetric(levels.to(torch.uint8 if s < 128 else torch.int64), scale, s) if s else Floats(numbers)
+            about.append(Message((numel,), indices, values))
+        ranks.append(about)
+    return ranks
+
+
+@given(alike(), st.sampled_from([1.0, 2.0, 3.0]), st.sampled_from([torch.float32, torch.float64]))
+def test_messages_that_are_alike_are_summed_as_one(
+    ranks: list[list[Message]], divisor: float, dtype: torch.dtype
+) -> None:
+    encoded = [encode(messages) for messages in ranks]
+    sent = [e.packet for e in encoded]
+    received = [decode(e.data) for e in encoded]
+    for packets in (sent, received):
+        for messages, packet in zip(ranks, packets, strict=True):
+            assert packet is not None
+            assert isinstance(packet.messages, Fused)
+            for a, b in zip(messages, packet.messages, strict=True):
+                assert_equal(a, b)
+        for work in (add_up, subtract):
+            flats = [torch.ones(m.numel, dtype=dtype) for m in ranks[0]]
+            one_by_one = [flat.clone() for flat in flats]
+            work([p.messages for p in packets if p], flats, divisor)
+            work([list(p.messages) for p in packets if p], one_by_one, divisor)
+            for ours, theirs in zip(flats, one_by_one, strict=True):  # but for a NaN's payload
+                assert bits_of(ours.nan_to_num(nan=7.5)) == bits_of(theirs.nan_to_num(nan=7.5))
 
 
 @given(messages())

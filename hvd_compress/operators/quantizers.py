@@ -69,12 +69,12 @@ class QSGD(Quantizer):
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`."""
-        flat = flatten(x)
+        flat, s = flatten(x), self.s
         rows = _rows(flat, self.bucket)
         scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
         # In a row of zeros, 0/0 counts as zero; what is not finite is told by the scale.
-        levels = round_by_chance(flat, flat.new_zeros(()), scale / self.s, self.bucket, -self.s, self.s, generator)
-        return Message(tuple(x.shape), None, Symmetric(levels, scale, self.s, self.bucket))
+        levels = round_by_chance(flat, flat.new_zeros(()), scale / s, self.bucket, -s, s, generator)
+        return Message(tuple(x.shape), None, Symmetric(levels, scale, s, self.bucket))
 
 
 @dataclass(frozen=True)

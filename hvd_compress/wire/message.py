@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import WireError
 from ..kernels import Sparse, add_at, is_finite, random_subset, subtract_at, sum_at
-from .values import Floats, Values
+from .values import Floats, SymmetricRuns, Values
 
 
 @dataclass(frozen=True)
@@ -154,15 +154,26 @@ class Fused(Sequence[Message]):
 
     Args:
         shapes, counts: of each message; see :class:`Message`.
-        indices: int32 or int64 ``[n]``: each is held until all ranks' messages are summed.
-        values: floating point ``[n]``.
+        indices: int32 or int64 ``[n]``: they are held until all ranks' messages are summed.
+        values: of all messages, n.
     """
 
     def __init__(
-        self, shapes: Sequence[tuple[int, ...]], counts: Sequence[int], indices: Tensor, values: Tensor
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        counts: Sequence[int],
+        indices: Tensor,
+        values: Floats | SymmetricRuns,
     ) -> None:
-        self.vectors = Sparse(indices, values, counts)
+        self.kind = values.floats.dtype, values.floats.device
         self._shapes = shapes
+        self._counts = counts
+        self._indices = indices
+        self._values = values
+
+    def vectors(self) -> Sparse:
+        """What receivers see of each message."""
+        return Sparse(self._indices, self._values.decode(), self._counts)
 
     def __len__(self) -> int:
         return len(self._shapes)
@@ -176,9 +187,8 @@ class Fused(Sequence[Message]):
 
     @cached_property
     def _cut(self) -> list[Message]:
-        indices, values, counts = self.vectors
-        parts = zip(self._shapes, indices.to(torch.int64).split([*counts]), values.split([*counts]), strict=True)
-        return [Message(shape, indices, Floats(values)) for shape, indices, values in parts]
+        indices = self._indices.to(torch.int64).split([*self._counts])
+        return [*map(Message, self._shapes, indices, self._values.split(self._counts))]
 
 
 def add_up(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], divisor: float = 1.0) -> None:
@@ -212,9 +222,9 @@ def subtract(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], diviso
 
 def _alike(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor]) -> list[Sparse] | None:
     """Each rank's messages in one, if all are fused and of the dtype and on the device of ``flats``."""
-    fused = [messages.vectors for messages in ranks if isinstance(messages, Fused)]
-    kinds = {(t.dtype, t.device) for t in (*flats, *(f.values for f in fused))}
-    return None if len(fused) < len(ranks) or len(kinds) > 1 else fused
+    fused = [messages for messages in ranks if isinstance(messages, Fused)]
+    kinds = {*((flat.dtype, flat.device) for flat in flats), *(messages.kind for messages in fused)}
+    return None if len(fused) < len(ranks) or len(kinds) > 1 else [messages.vectors() for messages in fused]
 
 
 def _add_up(messages: Sequence[Message], flat: Tensor, divisor: float) -> None:

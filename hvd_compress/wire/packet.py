@@ -120,15 +120,17 @@ def encode(
     coded = [i for place in table.coded if (i := kept[place].indices) is not None]
     indices = torch.cat(coded).to(torch.int64) if coded else torch.empty(0, dtype=torch.int64, device=device)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
-    levels = [pack_levels(q.levels, q.bits) for m in kept if isinstance(q := unrotated(m.values), Levels)]
+    quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
+    levels = [pack_levels(q.levels, q.bits) for q in quantized]
     floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + table.data, dtype=torch.uint8)
     sections = [front.to(device), unary.to(device), fixed.to(device), *levels, *(f.view(torch.uint8) for f in floats)]
     data = _on_host(torch.cat(sections)).numpy()
     _seal(data, _MESSAGES, len(kept), round, energy, _OVERFLOW if overflow else 0)
     packet = None
-    if table.is_sparse:
-        packet = Packet(round, table.ids, table.fused(indices, *floats), energy, overflow, None, table, floats)
+    if table.is_uniform:
+        fused = table.fused(indices, [q.levels for q in quantized], *floats)
+        packet = Packet(round, table.ids, fused, energy, overflow, None, table, floats)
     return Encoded(data, table.shares(unary_bits), table, packet)
 
 
@@ -225,15 +227,17 @@ def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], l
     if unary_bytes < 0:
         raise WireError(f"the table asks for {-unary_bytes} bytes more than the message has")
     unary, fixed, levels, rest = streams.split([unary_bytes, *sizes])
-    coded = decode_indices(unary, fixed, table.index_rows, table.index_dtype if table.is_sparse else torch.int64)
+    coded = decode_indices(unary, fixed, table.index_rows, table.index_dtype if table.is_uniform else torch.int64)
     sections = _decode_floats(table, rest)
     there = [section for section in sections if section.numel()]
-    if table.is_sparse:
-        return table.fused(coded, sections[table.rows[0].dtype]), there
+    packed_levels = levels.split(table.level_bytes)
+    if table.is_uniform:
+        unpacked = [] if table.rows[0].kind == FLOATS else [*map(_decode_levels, table.rows, packed_levels)]
+        return table.fused(coded, unpacked, sections[table.rows[0].dtype]), there
     indices = iter(coded.split([table.counts[place] for place in table.coded]))
     floats = dict(_shared_out(table, sections))
     messages = []
-    for place, (row, packed) in enumerate(zip(table.rows, levels.split(table.level_bytes), strict=True)):
+    for place, (row, packed) in enumerate(zip(table.rows, packed_levels, strict=True)):
         values = _decode_values(row, packed, floats[place])
         if row.support == DENSE:
             messages.append(Message(row.shape, None, values))
@@ -248,10 +252,7 @@ def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], l
 def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
     if row.kind == FLOATS:
         return Floats(floats)
-    levels = unpack_levels(packed, row.level_bits, row.level_count)
-    highest = 2 * row.s if row.kind == SYMMETRIC else row.s
-    if highest + 1 < 1 << row.level_bits and len(levels) and int(levels.max()) > highest:
-        raise WireError(f"a level lies above the highest, {highest}")
+    levels = _decode_levels(row, packed)
     values: Levels
     if row.kind == SYMMETRIC:
         values = Symmetric(levels, floats, row.s, row.bucket)
@@ -260,6 +261,14 @@ def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
     else:
         values = Codebook(levels, floats)
     return values if row.rotation is None else Rotated(values, row.rotation, row.sent)
+
+
+def _decode_levels(row: Row, packed: Tensor) -> Tensor:
+    levels = unpack_levels(packed, row.level_bits, row.level_count)
+    highest = 2 * row.s if row.kind == SYMMETRIC else row.s
+    if highest + 1 < 1 << row.level_bits and len(levels) and int(levels.max()) > highest:
+        raise WireError(f"a level lies above the highest, {highest}")
+    return levels
 
 
 def _decode_floats(table: Table, stream: Tensor) -> list[Tensor]:

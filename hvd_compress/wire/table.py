@@ -21,7 +21,7 @@ from ..errors import WireError
 from ..kernels import next_power_of_two
 from .bits import MAX_WIDTH
 from .message import Fused, Message, Subset
-from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
+from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, SymmetricRuns, Values
 from .varint import append_varint, read_varint
 
 DENSE, RICE, FIXED, SUBSET, BLOCK = range(5)  # how receivers learn a message's indices
@@ -122,18 +122,30 @@ class Table:
         )
 
     @cached_property
-    def is_sparse(self) -> bool:
-        """Whether there are messages, and all have indices that are sent, and floats of one dtype."""
-        kinds = {(row.kind, row.dtype) for row in self.rows}
-        return len(self.coded) == len(self.rows) and len(kinds) == 1 and kinds.pop()[0] == FLOATS
+    def is_uniform(self) -> bool:
+        """Whether there are messages, and all have indices that are sent, and values that can be taken as one."""
+        kinds = {(row.kind, row.dtype, row.s, row.bucket, row.rotation) for row in self.rows}
+        if len(self.coded) < len(self.rows) or len(kinds) != 1:
+            return False
+        kind, _, _, bucket, rotation = kinds.pop()
+        return kind == FLOATS or (kind == SYMMETRIC and not bucket and rotation is None)
 
     @cached_property
     def index_dtype(self) -> torch.dtype:
         """The narrower one that suffices: int32 or int64."""
         return torch.int32 if max(self.numels, default=0) <= 1 << 31 else torch.int64
 
-    def fused(self, indices: Tensor, values: Tensor) -> Fused:
-        """The messages, if the table :attr:`is_sparse`."""
+    def fused(self, indices: Tensor, levels: Sequence[Tensor], floats: Tensor) -> Fused:
+        """The messages, if the table :attr:`is_uniform`.
+
+        Args:
+            indices: of all of them.
+            levels: of each of them, if their values are levels.
+            floats: of all of them.
+        """
+        values: Floats | SymmetricRuns = Floats(floats)
+        if self.rows[0].kind == SYMMETRIC:
+            values = SymmetricRuns(torch.cat([*levels]), floats, self.counts, self.rows[0].s)
         return Fused(self.shapes, self.counts, indices.to(self.index_dtype), values)
 
     @property

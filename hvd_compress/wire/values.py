@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -94,6 +96,10 @@ class Floats(Values):
         """See :class:`Values`."""
         return Floats(self.numbers[start:stop])
 
+    def split(self, counts: Sequence[int]) -> list[Floats]:
+        """Parts of so many values, one after the other."""
+        return [Floats(numbers) for numbers in self.numbers.split([*counts])]
+
 
 @dataclass(frozen=True)
 class Levels(Values):
@@ -176,7 +182,9 @@ class Symmetric(Levels):
 
     def decode(self) -> Tensor:
         """See :class:`Values`."""
-        return self.meaning(self.levels) if self.bucket else super().decode()
+        if self.bucket or len(self.levels) < self.highest:
+            return self.meaning(self.levels)
+        return look_up(self.parameters * _steps(self.s, self.parameters.dtype, self.parameters.device), self.levels)
 
     def nonzero(self) -> Tensor | None:
         """See :class:`Values`. In buckets a value's place tells its scale."""
@@ -192,6 +200,49 @@ class Symmetric(Levels):
     def part(self, start: int, stop: int) -> Values:
         """See :class:`Values`. In buckets a value's place tells its scale."""
         return Values.part(self, start, stop) if self.bucket else super().part(start, stop)
+
+
+@lru_cache
+def _steps(s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(level − s) / s`` for each level."""
+    return (torch.arange(2 * s + 1, device=device).to(dtype) - s) / s
+
+
+@dataclass(frozen=True)
+class SymmetricRuns(Values):
+    """:class:`Symmetric` values without buckets, one vector after the other: a scale for each."""
+
+    levels: Tensor  # uint8 or int64 [n], 0 ≤ level ≤ 2 s
+    scales: Tensor  # float32 or float64 [m]
+    counts: Sequence[int]  # of the m vectors' values, n in all
+    s: int
+
+    @property
+    def floats(self) -> Tensor:
+        """See :class:`Values`."""
+        return self.scales
+
+    def __len__(self) -> int:
+        return self.levels.numel()
+
+    def decode(self) -> Tensor:
+        """See :class:`Values`: the same bits as the vectors' one by one."""
+        steps = look_up(_steps(self.s, self.scales.dtype, self.scales.device), self.levels)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device=self.scales.device)
+        return steps.mul_(self.scales.repeat_interleave(counts, output_size=len(self)))
+
+    def times(self, factor: float | Tensor) -> SymmetricRuns:
+        """See :class:`Values`."""
+        return replace(self, scales=self.scales * factor)
+
+    def to(self, device: torch.device) -> SymmetricRuns:
+        """See :class:`Values`."""
+        return replace(self, levels=self.levels.to(device), scales=self.scales.to(device))
+
+    def split(self, counts: Sequence[int]) -> list[Symmetric]:
+        """The vectors, which have ``counts`` values."""
+        parts = zip(self.levels.split([*counts]), self.scales.split(1), strict=True)
+        return [Symmetric(levels, scale, self.s) for levels, scale in parts]
 
 
 @dataclass(frozen=True)
