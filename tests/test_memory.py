@@ -242,6 +242,11 @@ def test_dgc_clips_each_gradient() -> None:
     for x, clipped in [([3.0, 4.0], [0.6, 0.8]), ([0.3, 0.4], [0.3, 0.4]), ([0.0, 0.0], [0.0, 0.0])]:
         (received,) = exchange([memory], TopK(ratio=1.0), [torch.tensor(x)])
         assert torch.allclose(received, torch.tensor(clipped))
+    # The norm of large elements, and of many, is known as well.
+    received, _ = memory.compensate("large", torch.full((4,), 1e20))
+    assert torch.allclose(received, torch.full((4,), 0.5))
+    received, _ = memory.compensate("many", torch.ones(10_000_000))
+    assert torch.allclose(received, torch.tensor(10_000_000**-0.5), rtol=1e-6)
     assert compensate(memory, "w", torch.tensor([torch.inf, 1.0])).isnan().any()
     for settings in ({"momentum": 1.0}, {"clip": 0.0}):
         with pytest.raises(ValueError, match=next(iter(settings))):

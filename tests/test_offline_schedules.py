@@ -124,6 +124,7 @@ def test_one_threshold_is_the_best_for_what_is_left(values: list[list[int]], k_m
 
 def test_threshold_by_hand() -> None:
     tensors = [torch.tensor([1.0, -5.0, 2.0]), torch.tensor([0.5, 0.25]), torch.tensor([3.0, -4.0, 0.0])]
+    assert global_threshold([], budget=0) == (math.inf, [])
     assert global_threshold(tensors, budget=4) == (4.0, [2, 0, 2])
     assert global_threshold(tensors, budget=4, k_min=1) == (9.0, [1, 1, 2])
     assert global_threshold(tensors, budget=3, k_min=1) == (math.inf, [1, 1, 1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from typing import Any, cast
 
 import pytest
@@ -28,6 +29,7 @@ from hvd_compress.operators import (
     MinMax,
     OneBit,
     Operator,
+    Quantizer,
     RandK,
     RandomBlock,
     Rotated,
@@ -224,16 +226,25 @@ def test_one_bit_default_scale_has_its_relative_variance() -> None:
     assert OneBit().variance_bound(2**20) == pytest.approx(37.3, abs=0.05)
 
 
-@pytest.mark.parametrize("m", [1, 2, math.inf])
-def test_sign_by_lemma_3(m: float) -> None:
+@pytest.mark.parametrize("m", [1, 2, 3, 20, 500, math.inf])
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e10])
+def test_sign_by_lemma_3(m: float, scale: float) -> None:
+    """The norm's powers would leave the range of a float, be the elements large or small."""
+    received = Sign(m=m)(scale * sample(50, "heavy")) / scale
     x = sample(50, "heavy")
-    norm = float(torch.linalg.vector_norm(x, ord=m))
-    error = float((Sign(m=m)(x) - x).square().sum())
+    largest = float(x.abs().max())
+    norm = largest * float(torch.linalg.vector_norm(x.double() / largest, ord=m))
+    error = float((received - x).square().sum())
     l1, energy = float(x.abs().sum()), float(x.square().sum())
     assert error == pytest.approx(energy - (2 * norm * l1 - norm**2) / 50)
     assert error <= (1 - Sign(m=m).gamma(50)) * energy
     if m == 1:
         assert error == pytest.approx(energy - l1**2 / 50)
+
+
+@pytest.mark.parametrize("quantizer", [QSGD(bits=4), Sign(), Sign(m=2)])
+def test_nothing_is_composed_without_loss(quantizer: Quantizer) -> None:
+    assert compose(TopK(k=3), quantizer).gamma(0) == 1.0
 
 
 def test_sign_of_zero_is_plus() -> None:
@@ -368,6 +379,20 @@ def test_max_norm_bound_is_attained() -> None:
     x = torch.tensor([float(s)] + [f] * (n - 1), dtype=torch.float64)
     variance = float(rounding_variance(x, 1.0).sum())
     assert variance / float(x.square().sum()) == pytest.approx(QSGD(levels=s).variance_bound(n), rel=1e-12)
+
+
+@given(st.integers(1, 2**15 - 1), st.integers(0, 10**9))
+def test_max_norm_bound_for_any_number_of_steps(s: int, n: int) -> None:
+    """Against 50 digits of the formula, which is a difference of nearly equal numbers for many steps."""
+    with localcontext() as context:
+        context.prec = 50
+        t = Decimal(max(n - 1, 0)) / s**2
+        exact = float(((1 + t).sqrt() - 1) / 2)
+    bound = QSGD(levels=s).variance_bound(n)
+    assert bound == pytest.approx(exact, rel=1e-14, abs=0)
+    assert (bound > 0) == (n > 1)
+    if bound < 1:
+        assert 0 < QSGD(levels=s).gamma(n) <= 1
 
 
 @pytest.mark.parametrize(

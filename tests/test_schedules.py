@@ -225,6 +225,12 @@ def test_a_budget_that_has_no_room_for_what_was_spent_begins_anew(make: Any, rat
         resumed.advance(1.0, kept=average)
 
 
+def test_a_limit_may_be_as_large_as_a_number_can_be() -> None:
+    schedule = HardThreshold(0.5, 10, largest=1e308).start({"w": 1000})
+    schedule.advance(1.0, 500)
+    assert schedule.operator("w").at_most == 1000  # type: ignore[attr-defined]
+
+
 def test_a_state_of_another_schedule_changes_nothing() -> None:
     def make(operator: Any) -> Any:
         return Compression.of(operator, named_parameters=Vectors({"w": (50,)}).named_parameters(), dense_below=0)

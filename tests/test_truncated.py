@@ -177,8 +177,43 @@ def test_uniform_levels_for_a_power_law(tail: float, bits: int, alpha: float, er
     assert operator.error(model) == pytest.approx(closed, rel=1e-5)
 
 
-def test_a_cut_is_never_inside_the_body() -> None:
+def test_a_cut_is_never_inside_the_body_nor_beyond_the_largest_element() -> None:
     assert TQSGD(bits=2, model="power").table(PowerLaw(5.0, 0.1, 1.0))[-1] == 1.0
+    kinds: list[Any] = ALL
+    for kind in kinds:
+        beyond = kind(bits=8, model="power").table(PowerLaw(3.5, 0.1, 1.0))[-1]
+        assert kind(bits=8, model="power").table(PowerLaw(3.5, 0.1, 1.0, largest=beyond / 2))[-1] == pytest.approx(
+            beyond / 2
+        )
+        assert kind(bits=8, model="power").table(PowerLaw(3.5, 0.1, 1.0, largest=beyond * 2))[-1] == pytest.approx(
+            beyond
+        )
+
+
+@pytest.mark.parametrize("s", [3, 7, 31, 255, 4095])
+@pytest.mark.parametrize("tail", [3.05, 3.5, 5.0])
+def test_cuts_fulfil_the_condition_for_a_power_law(tail: float, s: int) -> None:
+    """The fixed point itself, which is far beyond what a few repetitions reach where tails are heavy."""
+    model, c = PowerLaw(tail, 0.05, 0.3), 1 / 4
+    kinds: list[Any] = [TQSGD, TNQSGD]
+    for kind in kinds:
+        alpha = kind(levels=s, model="power").table(model)[-1]
+        q = model.mass(alpha) if kind is TQSGD else (2 * model.cube_root_mass(alpha)) ** 3 / (4 * alpha**2)
+        right = model.g_min * (model.rho * s**2 / (2 * c * (tail - 2) * q)) ** (1 / (tail - 1))
+        assert alpha == pytest.approx(max(right, model.g_min), rel=1e-9)
+
+
+def test_more_bits_for_heavy_tails_leave_less_error() -> None:
+    """All levels lie within the data, whose largest of 200,000 are a hundred times as large as their body."""
+    generator = torch.Generator().manual_seed(0)
+    x = (1 - torch.rand(200_000, generator=generator)) ** -0.5
+    kinds: list[Any] = ALL
+    for kind in kinds:
+        errors = [
+            float((kind(bits=bits, model="power")(x, generator=generator) - x).square().sum())
+            for bits in range(3, 11)
+        ]
+        assert all(more < 0.9 * less for less, more in itertools.pairwise(errors)), errors
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])

@@ -117,4 +117,5 @@ class DGC(Memory):
 
 def _shrink(tensor: Tensor, norm: float) -> Tensor:
     """The factor that brings the l2 norm of ``tensor`` down to ``norm``, or 1; NaN stays NaN."""
-    return torch.clamp(norm / torch.linalg.vector_norm(tensor), max=1.0)
+    # In float32 torch's norm is off by percents for many elements, and infinite for large ones.
+    return torch.clamp(norm / torch.linalg.vector_norm(tensor, dtype=torch.float64), max=1.0).to(tensor.dtype)

@@ -78,6 +78,8 @@ class Composed(Operator):
 
     def gamma(self, numel: int) -> float:
         """Lemma 1 ``(1 − β) k/d``, Lemma 2 ``k/(d(1 + β))``, Lemma 3 for :class:`Sign`, β for k elements."""
+        if numel == 0:
+            return 1.0
         k = self.sparsifier.count(numel) if isinstance(self.sparsifier, Amount) else numel
         kept = self.sparsifier.gamma(numel)
         if isinstance(self.quantizer, Sign):

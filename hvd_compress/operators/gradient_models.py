@@ -46,6 +46,7 @@ class PowerLaw:
     tail: float  # γ
     rho: float  # P(g > g_min): one side
     g_min: float
+    largest: float = math.inf  # magnitude there is: with many levels the papers' cut lies beyond
 
     def mass(self, alpha: float) -> float:
         """See :class:`Laplace`."""
@@ -99,9 +100,11 @@ def fit_power_law(flat: Tensor) -> PowerLaw | None:
     g_min = torch.kthvalue(magnitude, int(QUANTILE * len(flat))).values
     above = ~(magnitude <= g_min)  # NaN too
     logarithms = torch.where(above, (magnitude / g_min).log(), 0.0).sum()
-    # One transfer for the three.
-    low, count, total = torch.stack([g_min, above.sum().to(g_min.dtype), logarithms]).tolist()
+    # One transfer for the four.
+    low, count, total, largest = torch.stack(
+        [g_min, above.sum().to(g_min.dtype), logarithms, magnitude.amax()]
+    ).tolist()
     if not (low > 0 and count >= 2 and 0 < total < math.inf):
         return None
     tail = min(max(1 + count / total, 3.05), 5.0)
-    return PowerLaw(tail=tail, rho=count / len(flat) / 2, g_min=low)
+    return PowerLaw(tail=tail, rho=count / len(flat) / 2, g_min=low, largest=largest)

@@ -56,16 +56,14 @@ class QSGD(Quantizer):
         """β for the worst x. For l2: ``min(n/s², √n/s)``, n elements to a norm.
 
         For max (derived here): with one element at the norm and the other n − 1 at ``f·norm/s``, the ratio of
-        variance to energy is ``(n−1) f(1−f) / (s² + (n−1) f²)``. Its maximum over f is ``1/(2f) − 1``, at
-        ``f = √(a² + a) − a`` with ``a = s²/(n−1)``.
+        variance to energy is ``(n−1) f(1−f) / (s² + (n−1) f²)``. Its maximum over f is ``(√(1+t) − 1)/2``, at
+        ``f = 1/(1 + √(1+t))``, with ``t = (n−1)/s²``.
         """
         n = min(numel, self.bucket) if self.bucket else numel
         if self.norm == "l2":
             return min(n / self.s**2, math.sqrt(n) / self.s)
-        if n <= 1:
-            return 0.0
-        a = self.s**2 / (n - 1)
-        return 1 / (2 * (math.sqrt(a * a + a) - a)) - 1
+        t = max(n - 1, 0) / self.s**2
+        return t / (2 * (1 + math.sqrt(1 + t)))  # the same, without a difference of what is nearly equal
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`."""
@@ -275,7 +273,12 @@ def _norm(x: Tensor, m: float, dim: int | None = None) -> Tensor:
         return x.new_zeros(())
     if m == 1 and dim is None:
         return x.abs().sum()  # pairwise
-    return torch.linalg.vector_norm(x, ord=m, dim=dim, dtype=torch.float64).to(x.dtype)
+    if m <= 2:
+        return torch.linalg.vector_norm(x, ord=m, dim=dim, dtype=torch.float64).to(x.dtype)
+    # Higher powers of what is not near 1 leave a float64's range.
+    largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    unit = torch.where(largest > 0, largest, 1.0)
+    return (unit * torch.linalg.vector_norm(x / unit, ord=m, dim=dim, dtype=torch.float64)).to(x.dtype)
 
 
 def _rows(flat: Tensor, bucket: int) -> Tensor:

@@ -91,7 +91,7 @@ def affordable(wished: float, *, left: int, exchanges_left: int, k_min: int, k_m
         k_min: for this exchange and every later one.
         k_max: number of elements there are.
     """
-    return max(k_min, min(round(wished), k_max, left - k_min * (exchanges_left - 1)))
+    return max(k_min, min(round(min(wished, k_max)), left - k_min * (exchanges_left - 1)))
 
 
 def divide(k: int, sizes: Mapping[str, int]) -> dict[str, int]:

@@ -166,7 +166,9 @@ def global_threshold(tensors: Sequence[Tensor], *, budget: int, k_min: int = 0) 
     squares = [x.double().square().sort(descending=True).values for x in tensors]
     ks = [min(k_min, len(s)) for s in squares]
     others = [s[k:] for s, k in zip(squares, ks, strict=True)]
-    owner = torch.repeat_interleave(torch.arange(len(others)), torch.tensor([len(o) for o in others]))
+    owner = torch.repeat_interleave(
+        torch.arange(len(others)), torch.tensor([len(o) for o in others], dtype=torch.int64)
+    )
     chosen = torch.sort(torch.cat([torch.empty(0).double(), *others]), descending=True, stable=True)
     count = min(budget - sum(ks), len(owner))
     more = torch.bincount(owner[chosen.indices[:count]], minlength=len(ks)).tolist()
