@@ -10,11 +10,13 @@ compressed that gradient, whatever the order of its own.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import horovod.torch.optimizer as hvd_optimizer
 import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
@@ -67,6 +69,7 @@ class GradientCompressor(Compressor):
         self._latest: str | None = None  # whose gradient came last in this step
         self._followers: dict[str | None, str] = {}  # whose came next, last time
         self._submitted: set[str] = set()  # since the last decompress
+        self._versions: dict[str, int] = {}  # torch's count of changes to their gradients, as they were taken in
         self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
         self._tickets: dict[torch.device, Tensor] = {}  # as all of a device begin
@@ -113,7 +116,8 @@ class GradientCompressor(Compressor):
             ctx: the second value; None for a sparse gradient, which Horovod does not show to :meth:`compress`.
 
         Raises:
-            NotImplementedError: Horovod's ``op`` is neither Average nor Sum.
+            NotImplementedError: Horovod's ``op`` is neither Average nor Sum, or a rank has joined (``hvd.join``).
+            RuntimeError: a gradient was changed since :meth:`compress`; no memory has changed.
             PeerError, RankMismatchError, WireError: the exchange failed; every rank raises, no memory has changed.
         """
         self._submitted.clear()
@@ -173,9 +177,11 @@ class GradientCompressor(Compressor):
         elif tensor.dtype == working_dtype(tensor.dtype) and tensor.is_contiguous() and _may_have_readers(tensor):
             instead = torch.empty_like(tensor)
             reducer.add(name, tensor, instead)
-            tensor.set_(instead)  # type: ignore[call-overload]  # frees the old one once it is read
+            tensor.data = instead  # frees the old one once it is read; by set_() it would count as a change of both
         else:
             reducer.add(name, tensor)
+        if self._gradient(name) is tensor and not tensor._is_view():  # views count changes together
+            self._versions[name] = tensor._version
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
@@ -221,13 +227,13 @@ class GradientCompressor(Compressor):
             self._latest = self._followers[before] = follower
             return reducer, follower
         # With sparse_as_dense=True, Horovod makes a dense copy of a sparse gradient.
-        for name, p in self._parameters.items():
-            grad = p.grad
-            if grad is None or not grad.is_sparse or grad.shape != tensor.shape or name in self._submitted:
-                continue
-            # As bytes, since NaN must be found too.
-            if torch.equal(grad.to_dense().view(torch.uint8), tensor.view(torch.uint8)):
-                return reducer, name
+        alike = [
+            name for name, p in self._parameters.items() if name not in self._submitted and _is_copy(tensor, p.grad)
+        ]
+        if len(alike) > 1:  # gradients of zeros, say
+            alike = [name for name in alike if _is_in_horovods_hands(self._parameters[name])]
+        if len(alike) == 1:
+            return reducer, alike[0]
         raise RuntimeError(
             f"a gradient of shape {tuple(tensor.shape)} belongs to none of the {len(self._parameters)} parameters "
             "that this compressor knows: give the same named_parameters to Compression.… and to "
@@ -240,13 +246,32 @@ class GradientCompressor(Compressor):
         size = reducer.size
         is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
         if not is_average and not is_sum:
-            raise NotImplementedError("a compressor works with op=hvd.Average and op=hvd.Sum only")
+            raise NotImplementedError(
+                "a compressor works with op=hvd.Average and op=hvd.Sum only, and as long as no rank has called "
+                "hvd.join(): give all ranks as many batches"
+            )
+        now = {name: self._gradient(name) for name in self._versions}
+        changed = [name for name, g in now.items() if g is None or g._version != self._versions[name]]
+        self._versions.clear()
+        if changed:
+            reducer.let_fail(
+                RuntimeError(
+                    f"the gradients of {', '.join(changed)} were changed between backward() and "
+                    "optimizer.synchronize(), when they were on their way: call optimizer.synchronize() first, then "
+                    "clip or unscale them, then optimizer.step() within optimizer.skip_synchronize()"
+                )
+            )
         self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
         self._reduced = reducer.reduce(divisor=divisor, overflow_elsewhere=self._has_overflow()).sums
+
+    def _gradient(self, name: str) -> Tensor | None:
+        assert self._parameters is not None
+        return self._parameters[name].grad
 
     def _forget_step(self) -> None:
         """Whatever a step that was never finished has left here."""
         self._submitted.clear()
+        self._versions.clear()
         self._reduced.clear()
         self._dense_finite.clear()
         self._sparse.clear()
@@ -274,6 +299,21 @@ class GradientCompressor(Compressor):
             name, sent = self._sparse.pop()
             self.ledger.tensors[name].horovod += sent
             self.ledger.tensors[name].dense += sent  # plain Horovod sends the same
+
+
+def _is_copy(dense: Tensor, gradient: Tensor | None) -> bool:
+    """Whether one could be made of the other, a sparse gradient."""
+    if gradient is None or not gradient.is_sparse or gradient.shape != dense.shape:
+        return False
+    return torch.equal(gradient.to_dense().view(torch.uint8), dense.view(torch.uint8))  # as bytes, which NaN has too
+
+
+def _is_in_horovods_hands(parameter: torch.nn.Parameter) -> bool:
+    """Whether it is what Horovod's optimizer calls about: a local variable there, as it hands over only a copy."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals["__name__"] != hvd_optimizer.__name__:
+        frame = frame.f_back
+    return frame is not None and any(value is parameter for value in frame.f_locals.values())
 
 
 def _may_have_readers(tensor: Tensor) -> bool:

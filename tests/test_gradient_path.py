@@ -15,7 +15,7 @@ from models import ByDefinition, Vectors, assert_replicas_identical, gradient, t
 from torch import Tensor
 from world import World
 
-from hvd_compress import Compression, QsparseLocalSGD
+from hvd_compress import Compression, PeerError, QsparseLocalSGD
 from hvd_compress import gradient as gradient_path
 from hvd_compress.compression import COMPRESSORS
 from hvd_compress.memory import Residual
@@ -589,6 +589,53 @@ def test_sparse_gradients_beside_dense_ones(world: World, as_dense: bool) -> Non
     world.run(sparse_embeddings, as_dense)
 
 
+class TwoTables(torch.nn.Module):
+    """Users and items, whose tables are of one size; a hinge loss, which is 0 where a margin is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.user = torch.nn.Embedding(40, 8, sparse=True)
+        self.item = torch.nn.Embedding(40, 8, sparse=True)
+
+    def forward(self, users: Tensor, items: Tensor, margin: float) -> Tensor:
+        return torch.relu(margin - (self.user(users) * self.item(items)).sum(1)).sum()
+
+
+def equal_sparse_gradients(passes: int) -> None:
+    """Horovod hands over a dense copy of a gradient that is zero, as the other table's is on this rank only."""
+    torch.manual_seed(0)
+    models = [TwoTables(), TwoTables()]
+    models[1].load_state_dict(models[0].state_dict())
+    settings = {"hvd_sparse_as_dense": True, "hvd_backward_passes_per_step": passes}
+    optimizers = [
+        wrap(models[0], torch.optim.SGD(models[0].parameters(), lr=0.1), k=320, **settings)[1],
+        hvd.DistributedOptimizer(
+            torch.optim.SGD(models[1].parameters(), lr=0.1),
+            named_parameters=[(f"plain.{name}", p) for name, p in models[1].named_parameters()],
+            sparse_as_dense=True,
+            backward_passes_per_step=passes,
+        ),
+    ]
+    generator = torch.Generator().manual_seed(hvd.rank())
+    for step in range(4):
+        margin = -100.0 if step % 2 and hvd.rank() == 0 else 5.0
+        pairs = [torch.randint(40, (2, 6), generator=generator) for _ in range(passes)]
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.zero_grad(set_to_none=False)  # so that both gradients are there as the first one is handed over
+            for users, items in pairs:
+                model(users, items, margin).backward()
+            optimizer.step()
+    assert_replicas_identical(list(models[0].parameters()))
+    for ours, plain in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(ours, plain, atol=1e-6)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("passes", [1, 2])
+def test_equal_sparse_gradients_are_told_apart(world: World, passes: int) -> None:
+    world.run(equal_sparse_gradients, passes)
+
+
 def empty_and_scalar() -> None:
     model = Vectors({"none": (0,), "one": (), "many": (30,)})
     _, optimizer = wrap(model, k=3)
@@ -812,6 +859,45 @@ def test_states_that_do_not_fit(world: World) -> None:
     world.run(bad_states)
 
 
+def clipped_too_early(set_to_none: bool) -> None:
+    """Between backward() and synchronize() gradients are the compressor's: what was not sent would be scaled away."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 30))
+    compression, optimizer = wrap(model, torch.optim.SGD(model.parameters(), lr=0.01), k=20)
+
+    def backward(step: int) -> None:
+        model.zero_grad(set_to_none=set_to_none)
+        x = torch.randn(8, 30, generator=torch.Generator().manual_seed(100 * step + hvd.rank()))
+        (model(x) - x).square().sum().backward()
+
+    def step_rightly(step: int) -> None:
+        backward(step)
+        optimizer.synchronize()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with optimizer.skip_synchronize():
+            optimizer.step()
+
+    step_rightly(0)
+    step_rightly(1)
+    before = compression.state_dict()["memory"]
+    backward(2)
+    if hvd.rank() == 1:
+        torch.nn.utils.clip_grad_norm_([model.get_parameter("2.weight")], 1.0)
+    with pytest.raises(PeerError if hvd.rank() == 0 else RuntimeError, match=r"2\.weight were changed.*then clip"):
+        optimizer.step()
+    after = compression.state_dict()["memory"]
+    assert all(torch.equal(after[name], memory) for name, memory in before.items())
+    optimizer.load_state_dict(optimizer.state_dict())  # so that Horovod forgets the step
+    step_rightly(2)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_gradients_that_are_changed_on_their_way(world: World, set_to_none: bool) -> None:
+    world.run(clipped_too_early, set_to_none)
+
+
 # What cannot work says so
 
 
@@ -828,6 +914,16 @@ def refuses_other_operations() -> None:
     model(gradients(hvd.rank(), 0)).backward()
     with pytest.raises(NotImplementedError, match=r"op=hvd.Average and op=hvd.Sum"):
         optimizer.step()
+
+
+def refuses_a_rank_that_has_joined() -> None:
+    model = Vectors(SHAPES)
+    compression, _ = wrap(model)
+    p = model.get_parameter("a")
+    p.grad = torch.ones_like(p)
+    _, context = compression.compress(p.grad)
+    with pytest.raises(NotImplementedError, match=r"hvd\.join"):
+        compression.decompress(torch.tensor([1 / hvd.size(), 0.0]), context)  # the average where the others have
 
 
 def refuses_unbound() -> None:
@@ -900,6 +996,7 @@ def refuses_sparse_in_groups() -> None:
     [
         refuses_adasum,
         refuses_other_operations,
+        refuses_a_rank_that_has_joined,
         refuses_unbound,
         unbound_with_sparse_gradients_only,
         refuses_strangers,

@@ -109,8 +109,9 @@ def _absence(absent: list[int], timeout: float) -> str:
     ranks = ", ".join(map(str, absent))
     return (
         f"rank(s) {ranks} did not begin their first exchange within {timeout:g} s. Either they failed or do other "
-        "work (see their output), or they do not take part: then give process_set=… to the compressor too. A slow "
-        "start needs a larger timeout=…"
+        "work (see their output), or they do not take part: then give process_set=… to the compressor too. Other "
+        "work may be a collective operation within backward(), which these ranks have come to first, since they use "
+        "other parameters. A slow start needs a larger timeout=…"
     )
 
 
