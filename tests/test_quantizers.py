@@ -585,6 +585,20 @@ def test_bad_arguments(make: Any, error: type[Exception]) -> None:
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "which"),
+    [
+        (lambda: QSGD(bits=17), "bits must be from 2 to 16, got 17"),
+        (lambda: MinMax(bits=0), "bits must be from 1 to 16, got 0"),
+        (lambda: TNQSGD(bits=1, zero=True), "bits must be from 2 to 12, got 1"),
+        (lambda: QSGD(levels=2**15), "levels must be from 1 to 32767, got 32768"),
+    ],
+)
+def test_what_is_out_of_range_is_told_the_range(make: Any, which: str) -> None:
+    with pytest.raises(ValueError, match=which):
+        make()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("operator", EVERY, ids=repr)
 def test_gpu_messages_decode_alike_everywhere(operator: Operator) -> None:

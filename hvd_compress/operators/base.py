@@ -120,10 +120,15 @@ def check_steps(levels: int | None, bits: int | None, largest: int, steps_of: Ca
     for name, value in (("levels", levels), ("bits", bits)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise TypeError(f"{name} must be an integer, got {value!r}")
-    steps = levels if levels is not None else steps_of(min(max(bits or 0, 0), 64))
-    if not 1 <= steps <= largest:
-        raise ValueError(f"levels={levels}, bits={bits} makes {steps} steps; 1 to {largest} are possible")
-    return steps
+    if levels is not None:
+        if not 1 <= levels <= largest:
+            raise ValueError(f"levels must be from 1 to {largest}, got {levels}")
+        return levels
+    some = range(1, largest.bit_length() + 2)
+    if bits is not None and bits in some and 1 <= steps_of(bits) <= largest:
+        return steps_of(bits)
+    possible = [b for b in some if 1 <= steps_of(b) <= largest]
+    raise ValueError(f"bits must be from {possible[0]} to {possible[-1]}, got {bits}")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

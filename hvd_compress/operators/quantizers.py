@@ -41,7 +41,7 @@ class QSGD(Quantizer):
     bucket: int = 0
 
     def __post_init__(self) -> None:
-        check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1 if b else 0)
+        check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1)
         if self.norm not in ("max", "l2"):
             raise ValueError(f"norm must be 'max' or 'l2', got {self.norm!r}")
         if isinstance(self.bucket, bool) or not isinstance(self.bucket, int) or self.bucket < 0:
@@ -50,7 +50,7 @@ class QSGD(Quantizer):
     @property
     def s(self) -> int:
         """Steps to each side of zero."""
-        return check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1 if b else 0)
+        return check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1)
 
     def variance_bound(self, numel: int) -> float:
         """β for the worst x. For l2: ``min(n/s², √n/s)``, n elements to a norm.
