@@ -14,8 +14,10 @@ KINDS = ("input", "compute", "compress", "exchange")
 """What an epoch's time is spent on."""
 ALWAYS = ("epoch", "megabytes_sent")
 """Numbers that each line has."""
-PERHAPS = ("seconds", "val_loss", "train_loss", "images_per_second", "ratio_to_fp32", "ranks")
-PERHAPS += tuple(f"seconds_{kind}" for kind in KINDS)
+PERHAPS = (
+    *("seconds", "val_loss", "train_loss", "images_per_second", "ratio_to_fp32", "ranks"),
+    *(f"seconds_{kind}" for kind in KINDS),
+)
 """Numbers that a line may lack."""
 
 
