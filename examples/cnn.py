@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from pathlib import Path
+from statistics import mean
 
 import horovod.torch as hvd
 import torch
@@ -84,6 +85,11 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+    if not losses:
+        raise SystemExit(
+            f"cnn.py: no steps: --epochs {args.epochs} of {len(labels)} images, --batch-size {args.batch_size} on "
+            f"{hvd.size()} rank(s); take more epochs, or smaller batches"
+        )
 
     test_images, test_labels = (part[hvd.rank() :: hvd.size()] for part in load(args.data, train=False))
     model.eval()
@@ -92,7 +98,7 @@ def main() -> None:
     # Counts, not accuracies: ranks may have different numbers of images.
     correct, number = hvd.allreduce(torch.tensor([right.sum(), len(right)]), name="correct", op=hvd.Sum).tolist()
     if hvd.rank() == 0:
-        print(f"loss {losses[0]:.2f} at first, {sum(losses[-5:]) / 5:.2f} at last; accuracy {correct / number:.1%}")
+        print(f"loss {losses[0]:.2f} at first, {mean(losses[-5:]):.2f} at last; accuracy {correct / number:.1%}")
         if args.compression not in PLAIN:  # Horovod's own compressors count nothing
             print(compression.ledger.total)
 

@@ -97,6 +97,11 @@ def train(name: str, args: argparse.Namespace) -> Result:
             F.cross_entropy(model(train_images[own]), train_labels[own]).backward()
             optimizer.step()
             steps += 1
+    if steps == 0:
+        raise SystemExit(
+            f"every_compressor.py: no steps: --epochs {args.epochs} of {len(train_images)} images, --batch-size "
+            f"{args.batch_size} on {hvd.size()} ranks; take more epochs, or smaller batches"
+        )
     accuracy = (model(test_images).argmax(1) == test_labels).float().mean().item()
     elements = sum(p.numel() for p in model.parameters())
     if name in ("none", "fp16"):
@@ -142,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help="run these"
     )
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the 1,437 images (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=10, help="passes over the 1,438 images (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="of each rank (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate of SGD (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")

@@ -96,7 +96,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16, help="of each rank (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.3, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"no steps: --steps must be 1 or more, got {args.steps}")
+    return args
 
 
 if __name__ == "__main__":

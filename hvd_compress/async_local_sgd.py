@@ -34,8 +34,9 @@ class AsyncQsparseLocalSGD(Wrapped):
     No rank waits while another one computes. The master model is divided by whole tensors among ranks that serve:
     there a thread takes in the updates and answers with the values that have changed since the sender's last
     exchange, so that x_r is bit for bit the master model. What is said of momentum, units, equal starts and
-    batch-norm of :class:`QsparseLocalSGD` holds here too. Call :meth:`finish` on all ranks after the last step, or
-    train within a ``with`` statement, which does::
+    batch-norm of :class:`QsparseLocalSGD` holds here too. Ranks may take different numbers of steps, but each at
+    least one, since they meet in their first. Call :meth:`finish` on all ranks after the last step, or train within a
+    ``with`` statement, which does::
 
         with AsyncQsparseLocalSGD(sgd, named_parameters=…, compression=Compression.topk(k=1000), sync_every=8) as opt:
             train(model, opt)
@@ -191,6 +192,10 @@ class AsyncQsparseLocalSGD(Wrapped):
         """Exchange, if a local step was taken since the last time, and wait for all ranks. Collective.
 
         All ranks then hold the master model. A further :meth:`step` begins anew with it, on all ranks.
+
+        Each rank must have taken a step, since the start or the last :meth:`finish`, or none of them. Ranks meet in
+        their first step; on one that took none, because it has fewer batches, for instance, this returns at once,
+        and the others' first step fails, after the compressor's ``timeout``: this rank "did not begin".
 
         Raises:
             RuntimeError: ``total_steps`` were not taken yet, in logical mode.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +34,9 @@ _RANDOM_KEYS = {"torch", "cuda", "numpy", "python"}
 def resize(change: Change, states: Sequence[Any]) -> Any:
     """This rank's state, made from those of its predecessors: for :meth:`Checkpoints.load`.
 
-    States of compressors and of :class:`QsparseLocalSGD` are found wherever they are in the dictionaries, and go by
-    these rules; all else is taken from the nearest predecessor as it is, as what is the same on all ranks should be.
+    States of compressors and of :class:`QsparseLocalSGD` are found wherever they are in dictionaries, lists and
+    tuples, and go by these rules; all else is taken from the nearest predecessor as it is, as what is the same on all
+    ranks should be.
 
     - Memories: see above; under ``op=hvd.Sum`` their sum is kept instead of their mean. DGC's velocities go as its
       accumulated gradients. EF21 and CD-Adam keep the mean of the ranks' estimates and, of the estimate that all
@@ -54,28 +55,47 @@ def resize(change: Change, states: Sequence[Any]) -> Any:
 
     Raises:
         ValueError: a state cannot be divided: it was saved between two exchanges of local SGD, or in the middle of an
-            asynchronous run, or predecessors were at different exchanges; or memories are kept by node, with
-            ``exchange="hierarchical"``.
+            asynchronous run, or predecessors were at different exchanges; or a list has more states on one rank than
+            on another; or memories are kept by node, with ``exchange="hierarchical"``.
     """
     first = states[change.nearest]
-    if not isinstance(first, Mapping):
+    rule = _rule(first)
+    if rule is not None:
+        return rule(change, states)
+    if not _has_states(first):  # of ranks' own shape, perhaps: what each one has logged
         return first
-    if "memory" in first and "rows" in first:
-        return _compressor(change, states)
-    if first.get("format") == auto.STATE_FORMAT:
-        return _auto(change, states)
-    if first.get("format") == hierarchical.STATE_FORMAT:
-        raise ValueError(
-            "it was saved with exchange='hierarchical', which keeps memories by node: as many ranks on each node go "
-            "on as have saved, or none of them with its compressor's state"
-        )
-    if STATE_KEY in first:
-        return _local_sgd(change, states)
-    if ASYNC_STATE_KEY in first:
-        return _async_local_sgd(change, states)
-    if first.keys() == _RANDOM_KEYS:
-        return _random_numbers(change, first)
-    return {key: resize(change, [state[key] for state in states]) for key in first}
+    if isinstance(first, Mapping):
+        return {key: resize(change, [state[key] for state in states]) for key in first}
+    if any(type(state) is not type(first) or len(state) != len(first) for state in states):
+        lengths = [len(state) if isinstance(state, list | tuple) else type(state).__name__ for state in states]
+        raise ValueError(f"the ranks' lists of states are not of one length: {lengths}")
+    make = getattr(first, "_make", type(first))  # a named tuple's
+    return make(resize(change, place) for place in zip(*states, strict=True))
+
+
+def _rule(state: Any) -> Callable[[Change, Sequence[Any]], Any] | None:
+    """What makes one state of several such; None if there is no rule for it as a whole."""
+    if not isinstance(state, Mapping):
+        return None
+    if "memory" in state and "rows" in state:
+        return _compressor
+    if state.get("format") == auto.STATE_FORMAT:
+        return _auto
+    if state.get("format") == hierarchical.STATE_FORMAT:
+        return _hierarchical
+    if STATE_KEY in state:
+        return _local_sgd
+    if ASYNC_STATE_KEY in state:
+        return _async_local_sgd
+    if state.keys() == _RANDOM_KEYS:
+        return _random_numbers
+    return None
+
+
+def _has_states(tree: Any) -> bool:
+    if isinstance(tree, Mapping):
+        return _rule(tree) is not None or any(map(_has_states, tree.values()))
+    return isinstance(tree, list | tuple) and any(map(_has_states, tree))
 
 
 def _compressor(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -99,6 +119,13 @@ def _auto(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]
     if taken["chosen"] is not None:
         taken["chosen"] = resize(change, [{**state["chosen"], "op": state["op"]} for state in states])
     return taken
+
+
+def _hierarchical(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    raise ValueError(
+        "it was saved with exchange='hierarchical', which keeps memories by node: as many ranks on each node go on "
+        "as have saved, or none of them with its compressor's state"
+    )
 
 
 def _memory(change: Change, memories: Sequence[Tensor | None], state: Mapping[str, Any]) -> Tensor:
@@ -189,8 +216,8 @@ def _ledger(change: Change, states: Sequence[dict]) -> dict[str, object]:
     return total.state_dict()
 
 
-def _random_numbers(change: Change, state: Mapping[str, Any]) -> dict[str, Any]:
-    key = state["torch"].cpu().numpy().tobytes() + f"{change.rank} of {change.size}".encode()
+def _random_numbers(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    key = states[change.nearest]["torch"].cpu().numpy().tobytes() + f"{change.rank} of {change.size}".encode()
     seed = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
     kind, keys, *rest = np.random.RandomState(seed % 2**32).get_state(legacy=True)
     return {

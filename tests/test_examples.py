@@ -59,6 +59,35 @@ def test_cnn_by_name(world: World, name: str, least: float, most: float) -> None
     assert all(least <= saved <= most for saved in numbers(r"([\d.]+) times less", output))
 
 
+def test_the_mean_of_fewer_losses_than_five() -> None:
+    output = run_example("cnn.py", ["--epochs", "1", "--batch-size", "800"])  # one step
+    (before,), (after,) = numbers(r"loss ([\d.]+) at first", output), numbers(r"first, ([\d.]+) at last", output)
+    assert after == before
+
+
+@pytest.mark.parametrize("arguments", [["--epochs", "0"], ["--batch-size", "1438", "--epochs", "1"]])
+def test_cnn_without_steps(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"no steps: --epochs . of 1438 images, .* smaller batches"):
+        run_example("cnn.py", arguments)
+
+
+def test_masked_words_without_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_example("masked_words.py", ["--steps", "0"])
+    assert "no steps: --steps must be 1 or more, got 0" in capsys.readouterr().err
+
+
+def every_compressor_without_steps() -> None:
+    for arguments in (["--epochs", "0"], ["--batch-size", "719", "--epochs", "1"]):
+        with pytest.raises(SystemExit, match=r"no steps: --epochs . of 1438 images, .* smaller batches"):
+            run_example("every_compressor.py", [*arguments, "--only", "topk"])
+
+
+@pytest.mark.ranks(2)
+def test_every_compressor_without_steps(world: World) -> None:
+    world.run(every_compressor_without_steps)
+
+
 def test_cnn_refuses_what_a_ratio_is_not_enough_for(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("accordion", "threshold", "cd_adam", "topc"):
         with pytest.raises(SystemExit):

@@ -17,7 +17,7 @@ from hvd_compress.report import Run, RunError, label, read, summarise
 from hvd_compress.report.runs import bits, default_target, duration, find
 
 
-def epoch(run: str, number: int, accuracy: float, megabytes: float, **more: Any) -> dict[str, Any]:
+def epoch(run: str, number: int, accuracy: float | None, megabytes: float, **more: Any) -> dict[str, Any]:
     return {"run": run, "epoch": number, "accuracy": accuracy, "megabytes_sent": megabytes, **more}
 
 
@@ -103,12 +103,56 @@ def test_reading(tmp_path: Path) -> None:
         ('{"run": "a", "epoch": 1, "accuracy": 0.5}\n', "line 1: lacks megabytes_sent"),
         ("what\n", "is no metrics file"),
         ("[1]\n", "is no metrics file"),
+        (json.dumps(epoch("a", 1, float("nan"), 1.0)) + "\n", "metrics.jsonl: a has no accuracy yet"),
     ],
 )
 def test_damaged_files(text: str, expected: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(RunError, match=expected):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("accuracy", 76.1, "must be from 0 to 1, 0.75 for 75 %, or null if it was not measured; got 76.1"),
+        ("accuracy", -0.1, "must be from 0 to 1"),
+        ("accuracy", float("inf"), "must be from 0 to 1"),
+        ("accuracy", "0.5", "must be from 0 to 1"),
+        ("accuracy", True, "must be from 0 to 1"),
+        ("epoch", "x", "must be a number, got 'x'"),
+        ("epoch", None, "must be a number, got None"),
+        ("megabytes_sent", None, "must be a number, got None"),
+        ("megabytes_sent", float("nan"), "must be a number, got nan"),
+        ("seconds", "1 min", "must be a number or null, got '1 min'"),
+        ("seconds_input", [1], "must be a number or null"),
+    ],
+)
+def test_lines_with_something_else_than_a_number(key: str, value: Any, expected: str, tmp_path: Path) -> None:
+    run = write(tmp_path / "run", [COMPRESSED[0], {**COMPRESSED[1], key: value}])
+    with pytest.raises(RunError, match=f"metrics.jsonl, line 2: {key} {expected}"):
+        read(run)
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_what_was_not_measured_counts_as_absent(missing: float | None, tmp_path: Path) -> None:
+    """Validation in every second epoch only."""
+    gaps: Any = {"seconds": missing, "val_loss": missing, "images_per_second": missing, "seconds_input": missing}
+    records = [
+        epoch("a", 1, missing, 1.0, **gaps, train_loss=4.0),
+        epoch("a", 2, 0.6, 2.0, seconds=60.0, val_loss=2.0, images_per_second=50.0, seconds_input=1.0),
+        epoch("a", 3, missing, 3.0, **gaps, ratio_to_fp32=missing),
+    ]
+    (run,) = read(write(tmp_path / "run", records))
+    (found,) = summarise({"a": run}, 0.6, None)
+    assert (found.best, found.last, found.epochs, found.megabytes) == (0.6, 0.6, 3, 3.0)
+    assert (found.target_epoch, found.target_bits, found.target_seconds) == (2, 8 * 2e6, 60.0)
+    assert (found.seconds, found.ratio_to_fp32, found.images_per_second) == (None, None, 50.0)
+    assert found.shares["input"] == 1.0
+    assert [n == n for n in run.column("minutes")] == [n == n for n in run.column("accuracy")] == [False, True, False]
+    assert [n == n for n in run.column("loss")] == [False, True, False]
+    main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report")])
+    assert "nan" not in re.sub(r'"data:[^"]*"', "", (tmp_path / "report" / "report.html").read_text()).lower()
 
 
 def test_units() -> None:

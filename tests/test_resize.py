@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod.torch as hvd
 import pytest
@@ -112,6 +112,47 @@ def test_ranks_draw_numbers_of_their_own() -> None:
     assert {a["progress"]["epoch"] for a in after} == {3}
     draws = [through_a_file(a)["random"]["torch"].numpy().tobytes() for a in after]
     assert len({*draws}) == 4
+
+
+class Models(NamedTuple):
+    generator: Any
+    critic: Any
+
+
+def memory_of(rank: int, value: float) -> dict[str, Any]:
+    return state(rank, 2, ["mass"], {"w": torch.full((3,), value)})
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda models: Models(*models), lambda models: [[*models]]])
+def test_states_in_lists(kind: Callable[[Any], Any]) -> None:
+    """Two models, each with a compressor: those of a GAN."""
+    before = [kind([memory_of(rank, 1.0 * rank), memory_of(rank, 10.0 * rank)]) for rank in range(2)]
+    (after,) = resized(before, 1)
+    assert type(after) is type(before[0])
+    generator, critic = after[0] if len(after) == 1 else after
+    assert generator["memory"]["w"].tolist() == [0.5] * 3
+    assert critic["memory"]["w"].tolist() == [5.0] * 3
+    assert (critic["rank"], critic["size"]) == (0, 1)
+
+
+def test_ranks_draw_numbers_of_their_own_from_a_state_in_a_list() -> None:
+    before = [random_state()]
+    draws = [a[0]["torch"].numpy().tobytes() for a in resized([before, before], 4)]
+    assert len({*draws, before[0]["torch"].numpy().tobytes()}) == 5
+
+
+def test_lists_that_cannot_be_put_together() -> None:
+    one, two = [memory_of(0, 1.0)], [memory_of(1, 1.0), memory_of(1, 2.0)]
+    for other, lengths in ((two, r"\[1, 2\]"), (None, r"\[1, 'NoneType'\]")):
+        with pytest.raises(ValueError, match=f"lists of states are not of one length: {lengths}"):
+            resized([{"compressors": one}, {"compressors": other}], 1)
+
+
+def test_lists_without_states_are_the_nearest_ranks() -> None:
+    plain = [[{"losses": [1.0, 2.0], "best": (1, torch.ones(2))}], [{"losses": [3.0]}, {"epoch": 2}]]
+    for rank, after in enumerate(resized(plain, 2)):
+        assert after is plain[rank]
+    assert resized(plain, 1)[0] is plain[Change.of(0, 1, 2).nearest]
 
 
 # Whole optimizers

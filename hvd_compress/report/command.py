@@ -24,7 +24,8 @@ def add_report(commands: Commands) -> None:
         description=(
             "Compare training runs: accuracy and loss against bytes, time and epochs; bits to a target accuracy;\n"
             "savings against a baseline. Reads each run's metrics.jsonl, also while it is being written: one JSON\n"
-            "object for each epoch, with run, epoch, accuracy (0 to 1) and megabytes_sent at least."
+            "object for each epoch, with run, epoch, accuracy (0 to 1, null if it was not measured) and\n"
+            "megabytes_sent at least."
         ),
         epilog=(
             "examples:\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,13 @@ from typing import Any
 
 KINDS = ("input", "compute", "compress", "exchange")
 """What an epoch's time is spent on."""
+ALWAYS = ("epoch", "megabytes_sent")
+"""Numbers that each line has."""
+PERHAPS = (
+    *("seconds", "val_loss", "train_loss", "images_per_second", "ratio_to_fp32", "ranks"),
+    *(f"seconds_{kind}" for kind in KINDS),
+)
+"""Numbers that a line may lack."""
 
 
 class RunError(ValueError):
@@ -22,14 +30,14 @@ class Run:
     """The epochs of one training, and its settings if they are known."""
 
     name: str
-    epochs: tuple[Mapping[str, Any], ...]  # lines of metrics.jsonl, in their order
+    epochs: tuple[Mapping[str, Any], ...]  # lines of metrics.jsonl, in their order; what is null or NaN is absent
     directory: str = ""
     settings: str = ""  # config.yaml
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]], directory: str = "", settings: str = "") -> Run:
-        """From the lines of one run, at least one."""
-        epochs = tuple(records)
+        """From the lines of one run, at least one; an accuracy, say, may be null where none was measured."""
+        epochs = tuple({key: value for key, value in record.items() if _is_there(value)} for record in records)
         return cls(str(epochs[0]["run"]), epochs, directory, settings)
 
     def column(self, key: str) -> list[float]:
@@ -37,14 +45,31 @@ class Run:
 
         Args:
             key: of the metrics file, or ``"megabytes"``, ``"minutes"`` (since the start), ``"loss"`` (validation's,
-                or training's where there is none).
+                or training's where no epoch has any, so that
+                a curve is of one kind).
         """
+        if key == "loss":
+            key = "val_loss" if any("val_loss" in epoch for epoch in self.epochs) else "train_loss"
         return [_number(epoch, key) for epoch in self.epochs]
 
     @property
     def best(self) -> float:
-        """The highest accuracy."""
-        return max(self.column("accuracy"))
+        """The highest accuracy; of the epochs, one at least must have one."""
+        return max(self._accuracies)
+
+    @property
+    def last(self) -> float:
+        """The accuracy that was measured last."""
+        return self._accuracies[-1]
+
+    @property
+    def _accuracies(self) -> list[float]:
+        return [epoch["accuracy"] for epoch in self.epochs if "accuracy" in epoch]
+
+
+def _is_there(value: Any) -> bool:
+    """Not so null, and the NaN and infinity that Python writes into JSON."""
+    return math.isfinite(value) if isinstance(value, float) else value is not None
 
 
 def _number(epoch: Mapping[str, Any], key: str) -> float:
@@ -52,10 +77,7 @@ def _number(epoch: Mapping[str, Any], key: str) -> float:
         return float(epoch["megabytes_sent"])
     if key == "minutes":
         return epoch["seconds"] / 60 if "seconds" in epoch else float("nan")
-    if key == "loss":
-        key = "val_loss" if "val_loss" in epoch else "train_loss"
-    value = epoch.get(key)
-    return float("nan") if value is None else float(value)
+    return float(epoch.get(key, "nan"))
 
 
 def read(path: Path) -> list[Run]:
@@ -64,7 +86,7 @@ def read(path: Path) -> list[Run]:
     A last line that is cut off, by a job that writes it just now, is left out.
 
     Raises:
-        RunError: there are none.
+        RunError: there are none, or one has no accuracy yet, or a line has something else where a number must be.
     """
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     config = metrics.with_name("config.yaml")
@@ -75,17 +97,41 @@ def read(path: Path) -> list[Run]:
         groups: dict[str, list[Mapping[str, Any]]] = {}
         for number, line in enumerate(lines, start=1):
             record = json.loads(line)
-            absent = {"run", "epoch", "accuracy", "megabytes_sent"} - record.keys()
-            if absent:
-                raise RunError(f"{metrics}, line {number}: lacks {', '.join(sorted(absent))}")
-            groups.setdefault(record["run"], []).append(record)
+            problem = _problem(record)
+            if problem:
+                raise RunError(f"{metrics}, line {number}: {problem}")
+            groups.setdefault(str(record["run"]), []).append(record)
     except OSError as error:
         raise RunError(f"{path} is no run: {error.strerror} ({metrics})") from None
     except (ValueError, AttributeError) as error:
         raise error if isinstance(error, RunError) else RunError(f"{metrics} is no metrics file: {error}") from None
     if not groups:
         raise RunError(f"{metrics} has no epochs yet")
+    for name, group in groups.items():
+        if not any(_is_there(record["accuracy"]) for record in group):
+            raise RunError(f"{metrics}: {name} has no accuracy yet")
     return [Run.of(group, str(metrics.parent), settings) for group in groups.values()]
+
+
+def _problem(record: Mapping[str, Any]) -> str | None:
+    """What is wrong with a line, and what is expected there."""
+    absent = {"run", "accuracy", *ALWAYS} - record.keys()
+    if absent:
+        return f"lacks {', '.join(sorted(absent))}"
+    accuracy = record["accuracy"]
+    if accuracy is not None and not (_is_number(accuracy) and (math.isnan(accuracy) or 0 <= accuracy <= 1)):
+        return f"accuracy must be from 0 to 1, 0.75 for 75 %, or null if it was not measured; got {accuracy!r}"
+    for key in ALWAYS:
+        if not (_is_number(record[key]) and math.isfinite(record[key])):
+            return f"{key} must be a number, got {record[key]!r}"
+    for key in PERHAPS:
+        if record.get(key) is not None and not _is_number(record[key]):
+            return f"{key} must be a number or null, got {record[key]!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)  # no bool
 
 
 def label(runs: Sequence[Run]) -> dict[str, Run]:
@@ -166,7 +212,7 @@ def summarise(runs: Mapping[str, Run], target: float, baseline: str | None) -> l
 def _reached(run: Run, target: float) -> tuple[int | None, float | None, float | None]:
     """Epoch, bits and seconds at the end of the first epoch that was as good as that."""
     for epoch in run.epochs:
-        if epoch["accuracy"] >= target:
+        if epoch.get("accuracy", -1.0) >= target:
             return epoch["epoch"], 8e6 * epoch["megabytes_sent"], epoch.get("seconds")
     return None, None, None
 
@@ -179,14 +225,14 @@ def _summary(
 ) -> Summary:
     last = run.epochs[-1]
     rates = [e["images_per_second"] for e in run.epochs if e.get("images_per_second")]
-    seconds = {kind: sum(e.get(f"seconds_{kind}") or 0.0 for e in run.epochs) for kind in KINDS}
+    seconds = {kind: sum(e.get(f"seconds_{kind}", 0.0) for e in run.epochs) for kind in KINDS}
     total = sum(seconds.values())
     return Summary(
         label=name,
         ranks=last.get("ranks"),
         epochs=len(run.epochs),
         best=run.best,
-        last=last["accuracy"],
+        last=run.last,
         megabytes=last["megabytes_sent"],
         ratio_to_fp32=last.get("ratio_to_fp32"),
         seconds=last.get("seconds"),
