@@ -276,7 +276,7 @@ def _norm(x: Tensor, m: float, dim: int | None = None) -> Tensor:
     if m <= 2:
         return torch.linalg.vector_norm(x, ord=m, dim=dim, dtype=torch.float64).to(x.dtype)
     # Higher powers of what is not near 1 leave a float64's range.
-    largest = x.abs().amax() if dim is None else x.abs().amax(dim, keepdim=True)
+    largest = x.abs().amax()
     unit = torch.where(largest > 0, largest, 1.0)
     return (unit * torch.linalg.vector_norm(x / unit, ord=m, dim=dim, dtype=torch.float64)).to(x.dtype)
 

@@ -209,8 +209,8 @@ def _steps(s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class SymmetricRuns(Values):
-    """:class:`Symmetric` values without buckets, one vector after the other: a scale for each."""
+class SymmetricRuns:
+    """Several vectors of :class:`Symmetric` values without buckets, one after the other: a scale for each."""
 
     levels: Tensor  # uint8 or int64 [n], 0 ≤ level ≤ 2 s
     scales: Tensor  # float32 or float64 [m]
@@ -222,22 +222,11 @@ class SymmetricRuns(Values):
         """See :class:`Values`."""
         return self.scales
 
-    def __len__(self) -> int:
-        return self.levels.numel()
-
     def decode(self) -> Tensor:
         """See :class:`Values`: the same bits as the vectors' one by one."""
         steps = look_up(_steps(self.s, self.scales.dtype, self.scales.device), self.levels)
         counts = torch.tensor(self.counts, dtype=torch.int64, device=self.scales.device)
-        return steps.mul_(self.scales.repeat_interleave(counts, output_size=len(self)))
-
-    def times(self, factor: float | Tensor) -> SymmetricRuns:
-        """See :class:`Values`."""
-        return replace(self, scales=self.scales * factor)
-
-    def to(self, device: torch.device) -> SymmetricRuns:
-        """See :class:`Values`."""
-        return replace(self, levels=self.levels.to(device), scales=self.scales.to(device))
+        return steps.mul_(self.scales.repeat_interleave(counts, output_size=len(steps)))
 
     def split(self, counts: Sequence[int]) -> list[Symmetric]:
         """The vectors, which have ``counts`` values."""
