@@ -1,5 +1,5 @@
 // One pass over memory: a small sample suggests a threshold, what reaches it is collected, and the exact selection runs
-// among the collected. Should they become too many, all but the k best so far are dropped and the threshold rises to
+// among the collected, by counting how many reach this or that. Should they become too many, all but the k best so far are dropped and the threshold rises to
 // the k-th of them, so that no input takes much longer than another. Should they be fewer than k, the pass is repeated
 // without a threshold.
 //
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <type_traits>
 
@@ -177,119 +178,138 @@ Collect<Word, adds> collect_with(VectorUnit unit) {
 }
 
 template <class Word>
-struct Kth {
-    Word value;   // the k-th largest magnitude
-    Index above;  // how many are larger
-};
-
-template <class Word>
 struct Span {
     const Word* bits;
     Index count;
 };
 
-// How many magnitudes with the given prefix have each digit, added to `counts`. Four histograms in turn, since a counter
-// that was just written cannot be read again at once, and magnitudes crowd at a few.
 template <class Word>
-void count_digits(const Span<Word>& span, int shift, Word prefix, Index* counts) {
-    std::uint32_t lanes[4][256] = {};
-    const Word* bits = span.bits;
-    const auto count = [&](Index i, int lane) {
-        const Word head = magnitude(bits[i]) >> shift;
-        lanes[lane][head & 0xFF] += (head >> 8) == prefix;  // no branch, which would often be mispredicted
-    };
-    Index i = 0;
-    for (; i + 4 <= span.count; i += 4) {
-        for (int lane = 0; lane < 4; ++lane) count(i + lane, lane);
-    }
-    for (; i < span.count; ++i) count(i, 0);
-    for (int value = 0; value < 256; ++value) {
-        counts[value] += Index{lanes[0][value]} + lanes[1][value] + lanes[2][value] + lanes[3][value];
-    }
+inline Index reaching(const Word* bits, Index n, Word least) {
+    using Signed = std::make_signed_t<Word>;  // which more vector units can compare
+    Word found = 0;
+    for (Index i = 0; i < n; ++i) found += static_cast<Signed>(bits[i] & kNoSign<Word>) >= static_cast<Signed>(least);
+    return static_cast<Index>(found);
 }
 
-// By radix: the digits of the k-th largest are found from the highest on. Those below `precision` bits may be left out,
-// which makes the value a little too small.
-template <class Word>
-Kth<Word> kth_largest(const Span<Word>* spans, std::size_t size, Index k, int precision = 0) {
-    Word prefix = 0;
-    Index above = 0;
-    for (int shift = 8 * sizeof(Word) - 8; shift >= precision; shift -= 8) {
-        Index counts[256] = {};
-        for (std::size_t s = 0; s < size; ++s) count_digits(spans[s], shift, prefix, counts);
-        Word value = 0xFF;
-        while (above + counts[value] < k) above += counts[value--];
-        prefix = prefix << 8 | value;
-    }
-    return {prefix << precision, above};
-}
+// How many magnitudes reach `least`, which is infinity at most: a NaN reaches all.
+HVD_CLONES Index count_reaching(const Word32* bits, Index n, Word32 least) { return reaching(bits, n, least); }
+HVD_CLONES Index count_reaching(const Word64* bits, Index n, Word64 least) { return reaching(bits, n, least); }
 
-// The same among magnitudes that all reach `floor`, as candidates do. They crowd within a few octaves above it, so one
-// count of their leading bits leaves few among which the digits are looked for.
+// Which magnitudes are kept: all that reach `least`, but of those equal to it only the first ones.
 template <class Word>
-Kth<Word> kth_largest_above(const std::vector<Span<Word>>& spans, Index k, Word floor) {
-    constexpr int shift = sizeof(Word) == 4 ? 16 : 45;  // seven bits of the mantissa are counted
-    constexpr Word bins = 1024;                         // eight octaves; the last bin has all that is larger
-    const Word base = floor >> shift;
-    const auto bin_of = [=](Word bits) { return std::min<Word>((magnitude(bits) >> shift) - base, bins - 1); };
-    std::uint32_t counts[bins] = {};
-    Index total = 0;
-    for (const auto& span : spans) {
-        for (Index i = 0; i < span.count; ++i) ++counts[bin_of(span.bits[i])];
-        total += span.count;
-    }
+struct Cut {
+    static constexpr Index kAll = std::numeric_limits<Index>::max();
+
+    Word least;
+    Index equals;  // that are kept
+};
+
+// What keeps k of more than k magnitudes that all reach `floor`. Mostly there is a number that just k reach, which is
+// found long before the k-th itself is known to the bit. With a `precision` the search ends once it is known but for
+// so many bits, and equals mean nothing.
+template <class Word>
+Cut<Word> cut_to(const Span<Word>* spans, std::size_t size, Index k, Word floor, int precision = 0) {
+    constexpr Word part_of_an_octave = Word{1} << (sizeof(Word) == 4 ? 18 : 47);
+    Word low = floor, high = kInfinity<Word> + 1;  // which more and fewer than k reach
+    Word step = floor ? part_of_an_octave : high;  // candidates crowd above their threshold
     Index above = 0;
-    Word bin = bins - 1;
-    while (above + counts[bin] < k) above += counts[bin--];
-    const std::unique_ptr<Word[]> among(new Word[counts[bin] + 1]);  // one more, so that there need be no branch
-    Index found = 0;
-    for (const auto& span : spans) {
-        for (Index i = 0; i < span.count; ++i) {
-            among[found] = span.bits[i];
-            found += bin_of(span.bits[i]) == bin;
+    while (high - low > (Word{1} << precision)) {
+        const Word middle = low + std::min<Word>(step, (high - low) / 2);
+        Index count = 0;
+        for (std::size_t s = 0; s < size; ++s) count += count_reaching(spans[s].bits, spans[s].count, middle);
+        if (count == k) return {middle, Cut<Word>::kAll};
+        if (count > k) {
+            low = middle;
+            step = std::min<Word>(2 * step, kInfinity<Word>);
+        } else {
+            high = middle;
+            above = count;
         }
     }
-    const Span<Word> rest{among.get(), found};
-    const Kth<Word> kth = kth_largest(&rest, 1, k - above);
-    return {kth.value, above + kth.above};
+    return {low, k - above};
 }
 
-// Drops the candidates below the k-th, and those of its magnitude behind the first `equals`, of which it returns how
-// many are left to keep.
+// Drops the candidates that do not reach `least`; returns how many are left.
 template <class Word>
-Index drop_below(Candidates<Word>& c, Word kth, Index equals) {
-    Word* const bits = c.bits.get();
-    Word* const place = c.place.get();
-    const Index count = c.count;
+Index keep_reaching_portably(Word* bits, Word* place, Index count, Word least) {
     Index kept = 0;
     for (Index i = 0; i < count; ++i) {
-        const Word m = magnitude(bits[i]);
-        const Index equal = (m == kth) & (equals > 0);
+        const bool reaches = (bits[i] & kNoSign<Word>) >= least;
         bits[kept] = bits[i];
         place[kept] = place[i];
-        kept += (m > kth) | equal;
-        equals -= equal;
+        kept += reaches;
+    }
+    return kept;
+}
+
+#ifdef HVD_X86
+// What is written in vain lies where candidates have been read, or behind the last.
+__attribute__((target("avx512f,popcnt"))) Index keep_reaching_avx512(Word32* bits, Word32* place, Index count,
+                                                                     Word32 least) {
+    const __m512i no_sign = _mm512_set1_epi32(static_cast<int>(kNoSign<Word32>));
+    const __m512i bound = _mm512_set1_epi32(static_cast<int>(least));
+    Index kept = 0;
+    for (Index i = 0; i < count; i += 16) {
+        const __mmask16 there = static_cast<__mmask16>(count - i >= 16 ? 0xFFFF : (1 << (count - i)) - 1);
+        const __m512i v = _mm512_loadu_si512(bits + i), p = _mm512_loadu_si512(place + i);
+        const __mmask16 reaches = _mm512_mask_cmpge_epu32_mask(there, _mm512_and_si512(v, no_sign), bound);
+        _mm512_storeu_si512(bits + kept, _mm512_maskz_compress_epi32(reaches, v));
+        _mm512_storeu_si512(place + kept, _mm512_maskz_compress_epi32(reaches, p));
+        kept += __builtin_popcount(reaches);
+    }
+    return kept;
+}
+#endif
+
+template <class Word>
+Index keep_reaching(Word* bits, Word* place, Index count, Word least, VectorUnit unit) {
+#ifdef HVD_X86
+    if constexpr (sizeof(Word) == 4) {
+        if (unit == VectorUnit::avx512) return keep_reaching_avx512(bits, place, count, least);
+    }
+#endif
+    static_cast<void>(unit);
+    return keep_reaching_portably(bits, place, count, least);
+}
+
+// Drops what the cut does not keep, which then says how many equals are left to be kept of what comes next.
+template <class Word>
+void drop_below(Candidates<Word>& c, Cut<Word>& cut, VectorUnit unit) {
+    Word* const bits = c.bits.get();
+    Word* const place = c.place.get();
+    c.count = keep_reaching(bits, place, c.count, cut.least, unit);
+    if (cut.equals == Cut<Word>::kAll) return;
+    Index kept = 0;
+    for (Index i = 0; i < c.count; ++i) {
+        const Word m = magnitude(bits[i]);
+        const Index equal = (m == cut.least) & (cut.equals > 0);
+        bits[kept] = bits[i];
+        place[kept] = place[i];
+        kept += (m > cut.least) | equal;
+        cut.equals -= equal;
     }
     c.count = kept;
-    return equals;
 }
 
 // Drops all but the k best; returns a threshold that only better ones than those reach. Later equals lose to them.
 template <class Word>
-Word keep_best(Candidates<Word>& c, Index k) {
+Word keep_best(Candidates<Word>& c, Index k, VectorUnit unit) {
     const Span<Word> span{c.bits.get(), c.count};
-    const Kth<Word> kth = kth_largest(&span, 1, k);
-    drop_below(c, kth.value, k - kth.above);
+    Cut<Word> cut = cut_to(&span, 1, k, Word{0});
+    drop_below(c, cut, unit);
+    Word worst = kInfinity<Word>;
+    for (Index i = 0; i < c.count; ++i) worst = std::min(worst, magnitude(c.bits[i]));
     // Nothing is better than infinity, not even a NaN, whose bits are larger.
-    return kth.value == kInfinity<Word> ? kNoSign<Word> + 1 : kth.value + 1;
+    return worst == kInfinity<Word> ? kNoSign<Word> + 1 : worst + 1;
 }
 
 template <class Word, bool adds>
-void collect_all(Candidates<Word>& c, Index k, Word threshold, Vector<Word, adds> vector, Collect<Word, adds> collect) {
+void collect_all(Candidates<Word>& c, Index k, Word threshold, Vector<Word, adds> vector, VectorUnit unit) {
+    const Collect<Word, adds> collect = collect_with<Word, adds>(unit);
     const Vector<Word, adds> part = vector.from(c.first);
     c.count = 0;
     for (Index begin = 0; begin < c.length; begin += kBlock) {
-        if (c.count + kBlock > c.capacity) threshold = keep_best(c, k);
+        if (c.count + kBlock > c.capacity) threshold = keep_best(c, k, unit);
         const Index end = std::min(begin + kBlock, c.length);
         c.count = collect(part, begin, end, threshold, c.bits.get(), c.place.get(), c.count);
     }
@@ -320,8 +340,8 @@ Word likely_threshold(Vector<Word, adds> vector, Index d, Index k) {
         }
     }
     const Span<Word> span{sample, taken};
-    constexpr int precision = sizeof(Word) == 4 ? 16 : 40;  // leaves seven bits of a float's mantissa, or twelve
-    return kth_largest(&span, 1, rank, precision).value;
+    constexpr int precision = sizeof(Word) == 4 ? 16 : 45;  // leaves seven bits of the mantissa
+    return cut_to(&span, 1, rank, Word{0}, precision).least;
 }
 
 template <class Word, bool adds>
@@ -333,9 +353,9 @@ void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUn
     for (Index begin = 0; begin < d; begin += size) candidates.emplace_back(begin, std::min(size, d - begin), k);
     std::vector<Span<Word>> spans(candidates.size());
     Index total = 0;
-    const auto collect_from = [&](auto from, auto collect, Word threshold) {
+    const auto collect_from = [&](auto from, Word threshold) {
         in_parallel(static_cast<Index>(candidates.size()),
-                    [&](Index p) { collect_all(candidates[p], k, threshold, from, collect); });
+                    [&](Index p) { collect_all(candidates[p], k, threshold, from, unit); });
         total = 0;
         for (std::size_t p = 0; p < candidates.size(); ++p) {
             spans[p] = {candidates[p].bits.get(), candidates[p].count};
@@ -343,16 +363,16 @@ void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUn
         }
     };
     Word threshold = likely_threshold(vector, d, k);
-    collect_from(vector, collect_with<Word, adds>(unit), threshold);
+    collect_from(vector, threshold);
     if (total < k) {
         const Vector<Word, false> made{vector.made(), nullptr, nullptr};
-        collect_from(made, collect_with<Word, false>(unit), threshold = 0);
+        collect_from(made, threshold = 0);
     }
 
-    const Kth<Word> kth = threshold ? kth_largest_above(spans, k, threshold) : kth_largest(spans.data(), spans.size(), k);
-    Index equals = k - kth.above;
+    Cut<Word> cut{threshold, Cut<Word>::kAll};
+    if (total > k) cut = cut_to(spans.data(), spans.size(), k, threshold);
     for (auto& c : candidates) {
-        equals = drop_below(c, kth.value, equals);
+        drop_below(c, cut, unit);
         for (Index i = 0; i < c.count; ++i) indices[i] = c.first + static_cast<Index>(c.place[i]);
         std::copy_n(c.bits.get(), c.count, values);
         indices += c.count;
