@@ -72,7 +72,7 @@ class GradientCompressor(Compressor):
         self._versions: dict[str, int] = {}  # torch's count of changes to their gradients, as they were taken in
         self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
-        self._tickets: dict[torch.device, Tensor] = {}  # as all of a device begin
+        self._tickets: dict[torch.device, list[Tensor]] = {}  # that are still to be given to Horovod
         self._reduced: dict[str, Tensor] = {}  # waiting for their decompress
         self._dense_finite: list[Tensor] = []  # of gradients left to Horovod: bool of no dimensions each
         self._sparse: list[tuple[str, int]] = []  # bytes of sparse gradients that are still to be counted
@@ -192,9 +192,11 @@ class GradientCompressor(Compressor):
 
     def _ticket(self, device: torch.device) -> Tensor:
         """One on each rank, and one on the first rank only: what becomes of them tells Horovod's operation."""
-        if device not in self._tickets:
-            self._tickets[device] = torch.tensor([1.0, float(self._bound().rank == 0)], device=device)
-        return self._tickets[device].clone()
+        left = self._tickets.setdefault(device, [])
+        if not left:  # made by the step, not one by one
+            one = torch.tensor([1.0, float(self._bound().rank == 0)], device=device)
+            left.extend(one.repeat(len(self._parameters or ()), 1).unbind())
+        return left.pop()
 
     def _as_gradient(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         """With the parameter's shape and strides: torch's fused optimizers pair the two's elements by address."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 
 
+_LAST = 1 / 25  # of a full bucket
+
+
 @dataclass(frozen=True)
 class Piece:
     """Elements [start, stop) of a flattened tensor, at least one."""
@@ -49,16 +52,28 @@ def cut(sizes: Mapping[str, int], ends: Sequence[int]) -> list[list[Piece]]:
 def in_buckets(shapes: Mapping[str, torch.Size], cap_mb: float) -> Iterator[list[str]]:
     """Names of neighbours, the last first, as a backward pass makes gradients; at least one bucket, maybe empty.
 
+    Where there are several, the last has little or nothing in it, since it travels when the backward pass is over.
+
     Args:
         shapes: of each tensor.
         cap_mb: a bucket is full when its tensors have so many megabytes (10^6 bytes of float32) or more.
     """
+    sizes = {name: shape.numel() * 4 / 1e6 for name, shape in shapes.items()}
+    last: list[str] = []
+    room = cap_mb * _LAST if sum(sizes.values()) > cap_mb else float("inf")
+    for name, size in sizes.items():
+        room -= size
+        if room < 0:
+            break
+        last.append(name)
     bucket: list[str] = []
     size = 0.0
-    for name in reversed(list(shapes)):
+    for name in reversed(list(sizes)[len(last) :]):
+        bucket.append(name)
+        size += sizes[name]
         if size >= cap_mb:
             yield bucket
             bucket, size = [], 0.0
-        bucket.append(name)
-        size += shapes[name].numel() * 4 / 1e6
-    yield bucket
+    if bucket:
+        yield bucket
+    yield last[::-1]

@@ -222,22 +222,21 @@ class Sender(Member):
             else:
                 x, other = self._memory.compensate(name, filled(flat, own))
                 flat = x
-            message = self._encode(name, flat, other, x, is_small)
-            self._memory.update(name, message)
+            if other is None:
+                filled(flat, x)
+            elif is_small or self._schedule.needs_energy:
+                torch.add(flat, other, out=x)
+                other = None
+            message = Message.dense(x.clone()) if is_small else self._encode(name, flat, other, x)
+            if other is None:
+                self._memory.update(name, message)
             return Pending(own, not is_small, remembered=True), message
         except BaseException:  # Ctrl-C too
             self._memory.rollback(name)
             raise
 
-    def _encode(self, name: str, flat: Tensor, other: Tensor | None, x: Tensor, is_small: bool) -> Message:
-        """The message of flat + other, which x becomes."""
-        if other is None:
-            filled(flat, x)
-        elif is_small or self._schedule.needs_energy:
-            torch.add(flat, other, out=x)
-            other = None
-        if is_small:
-            return Message.dense(x.clone())
+    def _encode(self, name: str, flat: Tensor, other: Tensor | None, x: Tensor) -> Message:
+        """The message of x; of flat + other if there is another, of which x becomes what the message leaves."""
         if self._schedule.needs_energy:
             self._energies[name] = x.square().sum()
         operator = self._schedule.operator(name)
@@ -246,7 +245,7 @@ class Sender(Member):
             draws["generator"] = self._generator(name, self.rank, x.device)
         if operator.shared_draws:
             draws["shared"] = self._generator(name, ALIKE, x.device)
-        message = operator.encode(x, **draws) if other is None else operator.add_encode(flat, other, x, **draws)
+        message = operator.encode(x, **draws) if other is None else operator.split(flat, other, x, **draws)
         if message.numel != x.numel():
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
         return message

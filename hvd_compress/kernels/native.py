@@ -70,6 +70,13 @@ def add_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor,
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
+def split_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """:func:`add_top_k`; what was selected is then taken off ``out``, as by :func:`.vectors.add_at`."""
+    threads = torch.get_num_threads()
+    indices, values = _native.split_top_k(flat.numpy(), other.numpy(), out.numpy(), k, threads, _UNIT)
+    return torch.from_numpy(indices), torch.from_numpy(values)
+
+
 def is_finite(flat: Tensor) -> bool:
     """:func:`.vectors.is_finite`."""
     return _native.is_finite(flat.numpy(), torch.get_num_threads())

@@ -64,9 +64,11 @@ class Memory(ABC):
 
     @abstractmethod
     def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is to be compressed in place of ``tensor``: the sum of two, or the first alone.
+        """What is to be compressed in place of ``tensor``: the first alone, or the sum of two.
 
-        Whoever compresses adds the second to the first, in place. After that only this memory changes it.
+        The first becomes that sum p, and only this memory changes it. A second one also means that all this memory
+        wants to know is what is left, p − C(p): whoever compresses may leave that in the first's place, and does not
+        call :meth:`update` then.
 
         Args:
             name: the parameter's.
@@ -76,7 +78,7 @@ class Memory(ABC):
 
     @abstractmethod
     def update(self, name: str, sent: Sent) -> None:
-        """``sent`` is the compressed form of the sum that :meth:`compensate` has asked for; the outcome is open."""
+        """``sent`` is the compressed form of what :meth:`compensate` has asked for; the outcome is open."""
 
     @abstractmethod
     def commit(self, name: str) -> Tensor | None:

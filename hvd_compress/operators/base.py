@@ -56,6 +56,15 @@ class Operator(ABC):
         """
         return self.encode(torch.add(x, other, out=out), **draws)
 
+    def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
+        """:meth:`add_encode`, but ``out`` becomes what the message leaves of the sum: x + other − C(x + other).
+
+        The same holds for subclasses of one that does it at once.
+        """
+        message = self.add_encode(x, other, out, **draws)
+        message.add_to(out, alpha=-1)
+        return message
+
     def __call__(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """C(x) as a receiver sees it: the shape and device of ``x``, float32 (float64 for float64)."""
         return self.encode(x, generator=generator).decode()

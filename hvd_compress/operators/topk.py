@@ -43,6 +43,14 @@ class TopK(Amount, Operator):
         indices, values = native.add_top_k(x, other, out, k)
         return Message(tuple(x.shape), indices, Floats(values))
 
+    def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
+        """See :meth:`Operator.split`."""
+        k = self.count(x.numel())
+        if k == x.numel() or not native.serves(x, other, out):
+            return super().split(x, other, out)
+        indices, values = native.split_top_k(x, other, out, k)
+        return Message(tuple(x.shape), indices, Floats(values))
+
 
 def largest(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """What :func:`top_k` says, in the way that suits the device, and the elements at these indices."""

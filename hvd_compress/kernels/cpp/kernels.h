@@ -32,6 +32,11 @@ template <class Float>
 void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
                Index* indices, Float* values);
 
+// The same; what was selected is then taken off the sum.
+template <class Float>
+void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
+                 Index* indices, Float* values);
+
 // vectors.cpp
 template <class Float>
 bool is_finite(const Float* x, Index n, int threads);

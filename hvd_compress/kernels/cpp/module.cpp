@@ -55,7 +55,10 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
 }
 
 template <class Float>
-py::tuple add_top_k_of(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
+using OfASum = void (*)(const Float*, const Float*, Float*, Index, Index, int, VectorUnit, Index*, Float*);
+
+template <class Float, OfASum<Float> work>
+py::tuple top_k_of_sum(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
                        VectorUnit unit) {
     require_top_k(flat, k, unit);
     require_vector(other, "other");
@@ -72,7 +75,7 @@ py::tuple add_top_k_of(const Array<Float>& flat, const Array<Float>& other, Arra
     Float* v = values.mutable_data();
     {
         py::gil_scoped_release released;
-        add_top_k(x, y, to, d, k, threads, unit, i, v);
+        work(x, y, to, d, k, threads, unit, i, v);
     }
     return py::make_tuple(std::move(indices), std::move(values));
 }
@@ -374,7 +377,9 @@ void bind_sums(py::module_& module) {
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
-    module.def("add_top_k", &add_top_k_of<Float>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
+    module.def("add_top_k", &top_k_of_sum<Float, add_top_k<Float>>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
+               "k"_a, "threads"_a, "unit"_a);
+    module.def("split_top_k", &top_k_of_sum<Float, split_top_k<Float>>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
                "k"_a, "threads"_a, "unit"_a);
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());

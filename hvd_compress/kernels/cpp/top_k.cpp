@@ -398,10 +398,19 @@ void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int 
     top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
+template <class Float>
+void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
+                 Index* indices, Float* values) {
+    add_top_k(x, y, to, d, k, threads, unit, indices, values);
+    add_at(to, d, indices, values, k, Float{-1});
+}
+
 template void top_k(const float*, Index, Index, int, VectorUnit, Index*, float*);
 template void top_k(const double*, Index, Index, int, VectorUnit, Index*, double*);
 template void add_top_k(const float*, const float*, float*, Index, Index, int, VectorUnit, Index*, float*);
 template void add_top_k(const double*, const double*, double*, Index, Index, int, VectorUnit, Index*, double*);
+template void split_top_k(const float*, const float*, float*, Index, Index, int, VectorUnit, Index*, float*);
+template void split_top_k(const double*, const double*, double*, Index, Index, int, VectorUnit, Index*, double*);
 
 std::vector<VectorUnit> vector_units() {
     std::vector<VectorUnit> units;

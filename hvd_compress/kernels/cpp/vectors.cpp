@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 #include "machine.h"
@@ -64,11 +65,14 @@ void write_out(const Float* from, Index n, Float* to, bool is_large) {
     std::memcpy(target + head + body, source + head + body, bytes - head - body);
 }
 
+template <class Float>
+using WordOf = std::conditional_t<sizeof(Float) == 4, std::uint32_t, std::uint64_t>;
+
 }  // namespace
 
 template <class Float>
 bool is_finite(const Float* x, Index n, int threads) {
-    using Word = std::conditional_t<sizeof(Float) == 4, std::uint32_t, std::uint64_t>;
+    using Word = WordOf<Float>;
     constexpr Word exponent = sizeof(Float) == 4 ? Word(0x7F800000u) : Word(0x7FF0000000000000ull);
     constexpr Index block = 4096;
     const Word* words = reinterpret_cast<const Word*>(x);
@@ -86,7 +90,7 @@ bool is_finite(const Float* x, Index n, int threads) {
 
 template <class Float>
 bool all_nonzero(const Float* x, Index n) {
-    bool found = false;
+    WordOf<Float> found = 0;  // of the elements' width, so that the compiler makes vectors of both
     for (Index i = 0; i < n; ++i) found |= x[i] == 0;
     return !found;
 }
@@ -107,7 +111,7 @@ void add_at(Float* flat, Index n, const Place* indices, const Float* values, Ind
 template <class Float, class Place>
 void require_ascending(const std::vector<Part<Float, Place>>& parts, Index n) {
     for (const auto& part : parts) {
-        bool wrong = part.count && (part.indices[0] < 0 || part.indices[part.count - 1] >= n);
+        Place wrong = part.count && (part.indices[0] < 0 || part.indices[part.count - 1] >= n);
         for (Index i = 1; i < part.count; ++i) wrong |= part.indices[i] <= part.indices[i - 1];
         if (wrong) throw std::invalid_argument("indices must be strictly ascending and below the vector's length");
     }
