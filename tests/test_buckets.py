@@ -46,11 +46,19 @@ def tensor(name: str, step: int) -> torch.Tensor:
 
 def test_neighbours_share_a_bucket_until_it_is_full() -> None:
     shapes = {name: torch.Size([250_000 * size]) for name, size in (("a", 1), ("b", 3), ("c", 2), ("d", 1))}
-    assert list(in_buckets(shapes, 3.0)) == [["d", "c"], ["b"], ["a"]]  # megabytes: 1 + 2, 3, 1
-    assert list(in_buckets(shapes, 3.5)) == [["d", "c", "b"], ["a"]]
-    assert list(in_buckets(shapes, 100.0)) == [["d", "c", "b", "a"]]
-    assert list(in_buckets(shapes, TINY)) == [["d"], ["c"], ["b"], ["a"]]
+    assert list(in_buckets(shapes, 3.0)) == [["d", "c"], ["b"], ["a"], []]  # megabytes: 1 + 2, 3, 1
+    assert list(in_buckets(shapes, 3.5)) == [["d", "c", "b"], ["a"], []]
+    assert list(in_buckets(shapes, 7.0)) == list(in_buckets(shapes, 100.0)) == [["d", "c", "b", "a"]]
+    assert list(in_buckets(shapes, TINY)) == [["d"], ["c"], ["b"], ["a"], []]
     assert list(in_buckets({}, 1.0)) == [[]]
+
+
+def test_the_last_bucket_is_small() -> None:
+    """It travels when the backward pass is over."""
+    sizes = {"a": 100_000, "b": 100_000, "c": 100_000, "d": 10_000_000}  # 0.4 MB each, and 40
+    shapes = {name: torch.Size([size]) for name, size in sizes.items()}
+    assert list(in_buckets(shapes, 25.0)) == [["d"], ["c"], ["b", "a"]]
+    assert list(in_buckets({"empty": torch.Size([0]), **shapes}, 25.0)) == [["d"], ["c"], ["b", "a", "empty"]]
 
 
 # The same bits, however tensors are put together and in whatever order they come

@@ -80,6 +80,14 @@ def assert_selects_the_same_of_a_sum(x: Tensor, other: Tensor, k: int, threads: 
                 assert equal(out, total), (unit, number)
                 assert np.array_equal(indices, expected.numpy()), (unit, number)
                 assert values.tobytes() == bits_of(out[expected]), (unit, number)
+            for split, dtype in ((loops.split_top_k32, np.int32), (loops.split_top_k64, np.int64)):
+                ours = x.clone()
+                for out in (torch.empty_like(ours), ours):
+                    indices, values = split(ours.numpy(), other.numpy(), out.numpy(), k, number, unit)
+                    assert indices.dtype == dtype
+                    assert np.array_equal(indices, expected.numpy()), (unit, number)
+                    assert values.tobytes() == bits_of(total[expected]), (unit, number)
+                    assert equal(out, total.index_add(0, expected, total[expected], alpha=-1)), (unit, number)
 
 
 @given(st.lists(numbers, min_size=1, max_size=300), st.sampled_from(FLOATS), st.data())

@@ -466,6 +466,14 @@ def test_add_encode_is_encode_of_the_sum(operator: Operator, dtype: torch.dtype)
         assert message.to_bytes() == expected
         out.fill_(9)  # the memory changes it at once
         assert message.to_bytes() == expected
+    x.copy_(before)
+    left = operator.encode(total, generator=torch.Generator().manual_seed(1)).decode().neg().add(total)
+    for out in (torch.empty_like(x), x):
+        message = operator.split(x, other, out, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(out, left)
+        assert torch.equal(other, addend)
+        out.fill_(9)
+        assert message.to_bytes() == expected
 
 
 @pytest.mark.parametrize("operator", EVERY, ids=repr)

@@ -8,6 +8,7 @@ import resource
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,27 @@ def test_messages_that_are_alike_are_summed_as_one(
 @given(messages())
 def test_single_message_round_trip(sent: Message) -> None:
     assert_equal(sent, Message.from_bytes(sent.to_bytes()))
+
+
+def test_int32_indices_are_as_good() -> None:
+    wide = TopK(k=5).encode(torch.randn(90, generator=torch.Generator().manual_seed(0)))
+    assert wide.indices is not None
+    narrow = replace(wide, indices=wide.indices.to(torch.int32))
+    assert narrow.to_bytes() == wide.to_bytes()
+    assert torch.equal(narrow.decode(), wide.decode())
+    assert torch.equal(narrow.part(10, 80).decode(), wide.part(10, 80).decode())
+    cleared = torch.ones(2, 90)
+    wide.clear_in(cleared[0])
+    narrow.clear_in(cleared[1])
+    assert torch.equal(cleared[0], cleared[1])
+    for pair in ([wide, narrow], [narrow, wide], [narrow, narrow]):
+        flat = torch.empty(90)
+        add_up([[message] for message in pair], [flat])
+        assert torch.equal(flat, 2 * wide.decode())
+        subtract([[message] for message in pair], [flat])
+        assert not flat.any()
+    mixed = [encode([first, second]).data.tobytes() for first in (wide, narrow) for second in (wide, narrow)]
+    assert len({*mixed}) == 1
 
 
 def test_ids_may_leave_gaps() -> None:

@@ -59,7 +59,7 @@ class Operator(ABC):
     def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
         """:meth:`add_encode`, but ``out`` becomes what the message leaves of the sum: x + other − C(x + other).
 
-        The same holds for subclasses of one that does it at once.
+        Indices may be int32. The same holds for subclasses of one that does it at once.
         """
         message = self.add_encode(x, other, out, **draws)
         message.add_to(out, alpha=-1)

@@ -21,7 +21,7 @@ def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list
     """Code the indices of all messages.
 
     Args:
-        indices: int64, those of all messages one after the other.
+        indices: int32 or int64, those of all messages one after the other.
         table: see above.
 
     Returns:
@@ -58,6 +58,7 @@ def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor, dtype: torch.dty
 
 def encode_indices_by_torch(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """See :func:`encode_indices`."""
+    indices = indices.to(torch.int64)
     owner, starts = _owners(table, indices.device)
     remainder, is_rice, numel = _per_element(owner, table)
 

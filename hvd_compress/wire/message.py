@@ -46,7 +46,7 @@ class Message:
     """
 
     shape: tuple[int, ...]  # of the tensor that was compressed
-    indices: Tensor | None  # int64 [k], strictly ascending, into the flattened tensor; None: every element
+    indices: Tensor | None  # int64 [k], strictly ascending, into the flattened tensor; None: every element. Or int32
     values: Values  # of length k; numel when indices is None
     rule: Subset | Block | None = None  # sent in place of the indices, which it yields
 
@@ -104,7 +104,7 @@ class Message:
         """
         if self.indices is None:
             return Message((stop - start,), None, self.values.part(start, stop))
-        bounds = torch.tensor([start, stop], device=self.indices.device)
+        bounds = torch.tensor([start, stop]).to(self.indices)
         low, high = torch.searchsorted(self.indices, bounds).tolist()
         return Message((stop - start,), self.indices[low:high] - start, self.values.part(low, high))
 
@@ -120,7 +120,7 @@ class Message:
     def clear_in(self, flat: Tensor) -> None:
         """Set the elements of ``flat`` that are sent to zero, unless all are."""
         if self.indices is not None:
-            flat.index_fill_(0, self.indices, 0)
+            flat.index_fill_(0, self.indices.to(torch.int64), 0)
 
     def decode(self) -> Tensor:
         """The tensor a receiver sees: C(x), of :attr:`shape` and :attr:`dtype`, on the message's device."""
@@ -251,4 +251,4 @@ def _subtract(messages: Sequence[Message], flat: Tensor, divisor: float) -> None
 
 
 def _each(indices: Sequence[Tensor], values: Sequence[Tensor]) -> list[Sparse]:
-    return [Sparse(i, v, [len(i)]) for i, v in zip(indices, values, strict=True)]
+    return [Sparse(i.to(torch.int64), v, [len(i)]) for i, v in zip(indices, values, strict=True)]

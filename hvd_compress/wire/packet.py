@@ -118,7 +118,7 @@ def encode(
     table = table_of(tuple(map(row_of, ids, kept)))
 
     coded = [i for place in table.coded if (i := kept[place].indices) is not None]
-    indices = torch.cat(coded).to(torch.int64) if coded else torch.empty(0, dtype=torch.int64, device=device)
+    indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
     quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
     levels = [pack_levels(q.levels, q.bits) for q in quantized]

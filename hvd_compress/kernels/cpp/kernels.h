@@ -32,10 +32,10 @@ template <class Float>
 void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
                Index* indices, Float* values);
 
-// The same; what was selected is then taken off the sum.
-template <class Float>
+// The same; what was selected is then taken off the sum. Here and below a Place is 32 or 64 bits wide, with a sign.
+template <class Float, class Place>
 void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
-                 Index* indices, Float* values);
+                 Place* indices, Float* values);
 
 // vectors.cpp
 template <class Float>
@@ -45,7 +45,6 @@ template <class Float>
 bool all_nonzero(const Float* x, Index n);
 
 // flat[indices[i]] += alpha * values[i], in order. Throws std::out_of_range before anything is written.
-// Here and below a Place is 32 or 64 bits wide, with a sign.
 template <class Float, class Place>
 void add_at(Float* flat, Index n, const Place* indices, const Float* values, Index count, Float alpha);
 
@@ -111,7 +110,8 @@ Index unary_bytes_at_most(const Row* rows, Index messages);
 
 // Fills the fields, and as much of the unary stream as the indices take: so many bits for each message. Throws
 // std::invalid_argument unless each message's indices ascend strictly from 0 to below numel.
-void encode_indices(const Index* indices, const Row* rows, Index messages, std::uint8_t* unary,
+template <class Place>
+void encode_indices(const Place* indices, const Row* rows, Index messages, std::uint8_t* unary,
                     std::size_t unary_bytes, std::uint8_t* fixed, std::size_t fixed_bytes, Index* unary_bits);
 
 // Reads nothing outside the streams and writes nothing outside `indices`, whatever the streams hold. Throws

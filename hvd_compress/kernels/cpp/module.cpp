@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -54,10 +55,10 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
     return py::make_tuple(std::move(indices), std::move(values));
 }
 
-template <class Float>
-using OfASum = void (*)(const Float*, const Float*, Float*, Index, Index, int, VectorUnit, Index*, Float*);
+template <class Float, class Place>
+using OfASum = void (*)(const Float*, const Float*, Float*, Index, Index, int, VectorUnit, Place*, Float*);
 
-template <class Float, OfASum<Float> work>
+template <class Float, class Place, OfASum<Float, Place> work>
 py::tuple top_k_of_sum(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
                        VectorUnit unit) {
     require_top_k(flat, k, unit);
@@ -65,13 +66,14 @@ py::tuple top_k_of_sum(const Array<Float>& flat, const Array<Float>& other, Arra
     require_vector(out, "out");
     const Index d = flat.size();
     require(other.size() == d && out.size() == d, "the vectors must be of one length");
-    Array<Index> indices(k);
+    require(d - 1 <= std::numeric_limits<Place>::max(), "the vectors have more elements than such indices can tell");
+    Array<Place> indices(k);
     Array<Float> values(k);
     const Float *x = flat.data(), *y = other.data();
     Float* to = out.mutable_data();
     require(to == x || to + d <= x || x + d <= to, "flat and out must be the same or not overlap");
     require(to + d <= y || y + d <= to, "other and out must not overlap");
-    Index* i = indices.mutable_data();
+    Place* i = indices.mutable_data();
     Float* v = values.mutable_data();
     {
         py::gil_scoped_release released;
@@ -291,13 +293,14 @@ Table table_of(const Array<Index>& table) {
     return result;
 }
 
-py::tuple encode_indices_of(const Array<Index>& indices, const Array<Index>& rows) {
+template <class Place>
+py::tuple encode_indices_of(const Array<Place>& indices, const Array<Index>& rows) {
     require_vector(indices, "indices");
     const Table table = table_of(rows);
     require(indices.size() == table.count, "the table's counts are not as many as the indices");
     const Index most = unary_bytes_at_most(table.rows, table.messages);
     Bytes unary(most), fixed(table.fixed_bytes);
-    const Index* from = indices.data();
+    const Place* from = indices.data();
     std::uint8_t *u = unary.mutable_data(), *f = fixed.mutable_data();
     std::vector<Index> bits(table.messages);
     {
@@ -374,13 +377,18 @@ void bind_sums(py::module_& module) {
                "values"_a.noconvert(), "counts"_a, "divisor"_a);
 }
 
+template <class Float, class Place, OfASum<Float, Place> work>
+void bind_top_k_of_sum(py::module_& module, const char* name) {
+    module.def(name, &top_k_of_sum<Float, Place, work>, "flat"_a.noconvert(), "other"_a.noconvert(),
+               "out"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
+}
+
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
-    module.def("add_top_k", &top_k_of_sum<Float, add_top_k<Float>>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
-               "k"_a, "threads"_a, "unit"_a);
-    module.def("split_top_k", &top_k_of_sum<Float, split_top_k<Float>>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
-               "k"_a, "threads"_a, "unit"_a);
+    bind_top_k_of_sum<Float, Index, add_top_k<Float>>(module, "add_top_k");
+    bind_top_k_of_sum<Float, std::int32_t, split_top_k<Float, std::int32_t>>(module, "split_top_k32");
+    bind_top_k_of_sum<Float, std::int64_t, split_top_k<Float, std::int64_t>>(module, "split_top_k64");
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
     module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());
     bind_sums<Float, std::int32_t>(module);
@@ -411,7 +419,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("random_signs", &random_signs_of, "seed"_a, "n"_a, "threads"_a);
     module.def("uniform32", &uniform_of<float>, "seed"_a, "n"_a, "threads"_a);
     module.def("uniform64", &uniform_of<double>, "seed"_a, "n"_a, "threads"_a);
-    module.def("encode_indices", &encode_indices_of, "indices"_a.noconvert(), "table"_a.noconvert());
+    module.def("encode_indices", &encode_indices_of<std::int32_t>, "indices"_a.noconvert(), "table"_a.noconvert());
+    module.def("encode_indices", &encode_indices_of<std::int64_t>, "indices"_a.noconvert(), "table"_a.noconvert());
     module.def("decode_indices32", &decode_indices_of<std::int32_t>, "unary"_a.noconvert(), "fixed"_a.noconvert(),
                "table"_a.noconvert());
     module.def("decode_indices64", &decode_indices_of<std::int64_t>, "unary"_a.noconvert(), "fixed"_a.noconvert(),

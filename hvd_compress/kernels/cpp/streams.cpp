@@ -122,7 +122,8 @@ Index unary_bytes_at_most(const Row* rows, Index messages) {
     return (bits + 7) / 8;
 }
 
-void encode_indices(const Index* indices, const Row* rows, Index messages, Byte* unary, std::size_t unary_bytes,
+template <class Place>
+void encode_indices(const Place* indices, const Row* rows, Index messages, Byte* unary, std::size_t unary_bytes,
                     Byte* fixed, std::size_t fixed_bytes, Index* unary_bits) {
     std::memset(unary, 0, unary_bytes);
     FieldWriter fields(fixed, fixed_bytes);
@@ -218,6 +219,8 @@ void unpack_levels(const Byte* packed, Index count, int bits, Level* levels) {
     for (; i < count; ++i) levels[i] = static_cast<Level>(rest.take(bits));
 }
 
+template void encode_indices(const std::int32_t*, const Row*, Index, Byte*, std::size_t, Byte*, std::size_t, Index*);
+template void encode_indices(const std::int64_t*, const Row*, Index, Byte*, std::size_t, Byte*, std::size_t, Index*);
 template void decode_indices(const Byte*, std::size_t, const Byte*, std::size_t, const Row*, Index, std::int32_t*);
 template void decode_indices(const Byte*, std::size_t, const Byte*, std::size_t, const Row*, Index, std::int64_t*);
 template void pack_levels(const std::uint8_t*, Index, int, Byte*);

@@ -344,8 +344,8 @@ Word likely_threshold(Vector<Word, adds> vector, Index d, Index k) {
     return cut_to(&span, 1, rank, Word{0}, precision).least;
 }
 
-template <class Word, bool adds>
-void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUnit unit, Index* indices, Word* values) {
+template <class Word, bool adds, class Place>
+void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUnit unit, Place* indices, Word* values) {
     // Places are of the word's width, so a part has less than 2^31 elements.
     const Index parts = std::max(parts_of(d, threads), (d >> 30) + 1), size = (d + parts - 1) / parts;
     std::vector<Candidates<Word>> candidates;
@@ -373,11 +373,20 @@ void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUn
     if (total > k) cut = cut_to(spans.data(), spans.size(), k, threshold);
     for (auto& c : candidates) {
         drop_below(c, cut, unit);
-        for (Index i = 0; i < c.count; ++i) indices[i] = c.first + static_cast<Index>(c.place[i]);
+        for (Index i = 0; i < c.count; ++i) indices[i] = static_cast<Place>(c.first + static_cast<Index>(c.place[i]));
         std::copy_n(c.bits.get(), c.count, values);
         indices += c.count;
         values += c.count;
     }
+}
+
+template <class Float, class Place>
+void top_k_of_sum(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
+                  Place* indices, Float* values) {
+    using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
+    const Vector<Word, true> vector{reinterpret_cast<const Word*>(x), reinterpret_cast<const Word*>(y),
+                                    reinterpret_cast<Word*>(to)};
+    top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
 }  // namespace
@@ -392,16 +401,13 @@ void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index
 template <class Float>
 void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
                Index* indices, Float* values) {
-    using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
-    const Vector<Word, true> vector{reinterpret_cast<const Word*>(x), reinterpret_cast<const Word*>(y),
-                                    reinterpret_cast<Word*>(to)};
-    top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
+    top_k_of_sum(x, y, to, d, k, threads, unit, indices, values);
 }
 
-template <class Float>
+template <class Float, class Place>
 void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
-                 Index* indices, Float* values) {
-    add_top_k(x, y, to, d, k, threads, unit, indices, values);
+                 Place* indices, Float* values) {
+    top_k_of_sum(x, y, to, d, k, threads, unit, indices, values);
     add_at(to, d, indices, values, k, Float{-1});
 }
 
@@ -409,8 +415,13 @@ template void top_k(const float*, Index, Index, int, VectorUnit, Index*, float*)
 template void top_k(const double*, Index, Index, int, VectorUnit, Index*, double*);
 template void add_top_k(const float*, const float*, float*, Index, Index, int, VectorUnit, Index*, float*);
 template void add_top_k(const double*, const double*, double*, Index, Index, int, VectorUnit, Index*, double*);
-template void split_top_k(const float*, const float*, float*, Index, Index, int, VectorUnit, Index*, float*);
-template void split_top_k(const double*, const double*, double*, Index, Index, int, VectorUnit, Index*, double*);
+
+#define HVD_INSTANTIATE(Float, Place)                                                                       \
+    template void split_top_k(const Float*, const Float*, Float*, Index, Index, int, VectorUnit, Place*, Float*);
+HVD_INSTANTIATE(float, std::int32_t)
+HVD_INSTANTIATE(float, std::int64_t)
+HVD_INSTANTIATE(double, std::int32_t)
+HVD_INSTANTIATE(double, std::int64_t)
 
 std::vector<VectorUnit> vector_units() {
     std::vector<VectorUnit> units;
