@@ -6,6 +6,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -17,36 +18,43 @@ using Word = std::uint64_t;
 
 Word low_bits(int width) { return (Word{1} << width) - 1; }  // width < 64
 
-class FieldWriter {
-public:
-    FieldWriter(Byte* begin, std::size_t size) : next_(begin), end_(begin + size) {}
+constexpr int kTogether = 56;  // bits that go into a word behind what is left of a byte
 
-    void put(Word field, int width) {  // field < 2^width, width <= 31
-        pending_ |= field << filled_;
+class BitWriter {
+public:
+    BitWriter(Byte* begin, std::size_t size) : next_(begin), end_(begin + size) {}
+
+    void put(Word bits, int width) {  // bits < 2^width, width <= kTogether
+        pending_ |= bits << filled_;
         filled_ += width;
+        written_ += width;
         // Always, since whether a byte is full is hard to predict; what is not full is written again.
         if (end_ - next_ >= 8) {
             std::memcpy(next_, &pending_, 8);
         } else {
-            std::memcpy(next_, &pending_, end_ - next_);
+            const Word last = pending_;  // the other one's address is not to be known, so that it stays in a register
+            std::memcpy(next_, &last, end_ - next_);
         }
         next_ += filled_ >> 3;
         pending_ >>= filled_ & ~7;
         filled_ &= 7;
     }
 
+    Index written() const { return written_; }  // bits
+
 private:
     Byte* next_;
     Byte* end_;
     Word pending_ = 0;
     int filled_ = 0;
+    Index written_ = 0;
 };
 
 class FieldReader {
 public:
     FieldReader(const Byte* begin, std::size_t size) : begin_(begin), size_(size) {}
 
-    Word take(int width) {  // width <= 31; zeros behind the end
+    Word take(int width) {  // width <= kTogether; zeros behind the end
         const std::size_t byte = position_ >> 3;
         Word window = 0;
         if (byte + 8 <= size_) {
@@ -69,28 +77,33 @@ class UnaryReader {
 public:
     UnaryReader(const Byte* begin, std::size_t size) : begin_(begin), size_(size) { load(); }
 
-    // Position of the next 1 bit, or -1 when none is left.
+    // How many zeros there are before the next one, or -1 when none is left.
     Index next() {
         while (!pending_) {
             at_ += 8;
             if (at_ >= size_) return -1;
             load();
         }
-        const int bit = __builtin_ctzll(pending_);
+        const Index one = static_cast<Index>(at_ * 8) + __builtin_ctzll(pending_), zeros = one - end_;
         pending_ &= pending_ - 1;
-        return static_cast<Index>(at_ * 8) + bit;
+        end_ = one + 1;
+        return zeros;
     }
+
+    Index end() const { return end_; }  // of what was read, in bits
 
 private:
     void load() {
-        pending_ = 0;
-        if (at_ < size_) std::memcpy(&pending_, begin_ + at_, std::min<std::size_t>(8, size_ - at_));
+        Word word = 0;
+        if (at_ < size_) std::memcpy(&word, begin_ + at_, std::min<std::size_t>(8, size_ - at_));
+        pending_ = word;
     }
 
     const Byte* begin_;
     std::size_t size_;
     std::size_t at_ = 0;
     Word pending_ = 0;
+    Index end_ = 0;
 };
 
 // Eight levels of `bits` bits, one in each byte of a word, moved together, and back.
@@ -112,6 +125,40 @@ Word spread(Word packed, int bits) {
     throw std::invalid_argument("indices must be strictly ascending and below the tensor's size");
 }
 
+// numbers[j] >> width zeros and a one, for each j.
+template <class Size>
+void put_unary(BitWriter& runs, const Word* numbers, int width, Size together) {
+    Word zeros = 0;
+    for (int j = 0; j < together; ++j) zeros += numbers[j] >> width;
+    if (zeros + together <= kTogether) {
+        Word bits = 0, bit = 0;
+        for (int j = 0; j < together; ++j) {
+            bit += numbers[j] >> width;
+            bits |= Word{1} << bit++;
+        }
+        runs.put(bits, static_cast<int>(bit));
+        return;
+    }
+    for (int j = 0; j < together; ++j) {
+        Word left = numbers[j] >> width;
+        for (; left >= kTogether; left -= kTogether) runs.put(0, kTogether);
+        runs.put(Word{1} << left, static_cast<int>(left) + 1);
+    }
+}
+
+// Calls work(n), n known to the compiler, for the row's indices, n at a time: as many as have their fields in a word.
+template <class Work>
+void in_groups(const Row& row, const Work& work) {
+    Index left = row.count;
+    const auto groups = [&](auto together) {
+        for (; together * row.parameter <= kTogether && left >= together; left -= together) work(together);
+    };
+    groups(std::integral_constant<int, 8>());
+    groups(std::integral_constant<int, 4>());
+    groups(std::integral_constant<int, 2>());
+    groups(std::integral_constant<int, 1>());
+}
+
 }  // namespace
 
 Index unary_bytes_at_most(const Row* rows, Index messages) {
@@ -125,29 +172,27 @@ Index unary_bytes_at_most(const Row* rows, Index messages) {
 template <class Place>
 void encode_indices(const Place* indices, const Row* rows, Index messages, Byte* unary, std::size_t unary_bytes,
                     Byte* fixed, std::size_t fixed_bytes, Index* unary_bits) {
-    std::memset(unary, 0, unary_bytes);
-    FieldWriter fields(fixed, fixed_bytes);
-    Word bit = 0;  // in the unary stream
+    BitWriter runs(unary, unary_bytes), fields(fixed, fixed_bytes);
     for (Index m = 0; m < messages; ++m) {
         const Row row = rows[m];
-        const int width = static_cast<int>(row.parameter);
-        const Word before = bit;
+        const Index before = runs.written();
         Index previous = -1;
-        for (Index i = 0; i < row.count; ++i) {
-            const Index index = *indices++;
-            if (index <= previous || index >= row.numel) wrong_indices();
-            if (row.rice) {
-                const Word gap = static_cast<Word>(index - previous - 1);
-                bit += gap >> width;
-                unary[bit >> 3] |= static_cast<Byte>(1u << (bit & 7));
-                ++bit;
-                fields.put(gap & low_bits(width), width);
-            } else {
-                fields.put(static_cast<Word>(index), width);
+        in_groups(row, [&](auto together) {
+            const int width = static_cast<int>(row.parameter);
+            Word numbers[together], group = 0;
+            bool wrong = false;
+            for (int j = 0; j < together; ++j) {
+                const Index index = *indices++;
+                wrong |= index <= previous || index >= row.numel;
+                numbers[j] = static_cast<Word>(row.rice ? index - previous - 1 : index);
+                previous = index;
             }
-            previous = index;
-        }
-        unary_bits[m] = static_cast<Index>(bit - before);
+            if (wrong) wrong_indices();
+            for (int j = 0; j < together; ++j) group |= (numbers[j] & low_bits(width)) << j * width;
+            fields.put(group, together * width);
+            if (row.rice) put_unary(runs, numbers, width, together);
+        });
+        unary_bits[m] = runs.written() - before;
     }
 }
 
@@ -157,30 +202,31 @@ void decode_indices(const Byte* unary, std::size_t unary_bytes, const Byte* fixe
     constexpr Index highest = std::numeric_limits<Place>::max();
     UnaryReader runs(unary, unary_bytes);
     FieldReader fields(fixed, fixed_bytes);
-    Index last = -1;  // position of the last 1 bit
     for (Index m = 0; m < messages; ++m) {
         const Row row = rows[m];
-        const int width = static_cast<int>(row.parameter);
-        Index previous = -1;
         if (row.numel - 1 > highest) throw std::invalid_argument("a tensor has more elements than its indices can tell");
-        for (Index i = 0; i < row.count; ++i) {
-            Index index;
-            if (row.rice) {
-                const Index one = runs.next();
-                if (one < 0) throw std::invalid_argument("there are fewer index gaps than the table says");
-                const Index quotient = one - last - 1;
-                last = one;
-                if (quotient > row.numel >> width) wrong_indices();
-                index = previous + 1 + (quotient << width | static_cast<Index>(fields.take(width)));
-            } else {
-                index = static_cast<Index>(fields.take(width));
+        Index previous = -1;
+        in_groups(row, [&](auto together) {
+            const int width = static_cast<int>(row.parameter);
+            const Word group = fields.take(together * width);
+            bool wrong = false;
+            for (int j = 0; j < together; ++j) {
+                Index index = static_cast<Index>(group >> j * width & low_bits(width));
+                if (row.rice) {
+                    const Index zeros = runs.next();
+                    if (zeros < 0) throw std::invalid_argument("there are fewer index gaps than the table says");
+                    const Index quotient = std::min(zeros, (row.numel >> width) + 1);  // it might overflow
+                    index += previous + 1 + (quotient << width);
+                }
+                wrong |= index <= previous || index >= row.numel;
+                if (wrong) wrong_indices();
+                previous = index;
+                *indices++ = static_cast<Place>(index);
             }
-            if (index <= previous || index >= row.numel) wrong_indices();
-            previous = index;
-            *indices++ = static_cast<Place>(index);
-        }
+        });
     }
-    if (runs.next() >= 0 || static_cast<std::size_t>(last + 8) / 8 != unary_bytes) {
+    const Index bits = runs.end();
+    if (runs.next() >= 0 || static_cast<std::size_t>(bits + 7) / 8 != unary_bytes) {
         throw std::invalid_argument("there are more index gaps than the table says");
     }
 }
@@ -198,7 +244,7 @@ void pack_levels(const Level* levels, Index count, int bits, Byte* packed) {
         }
     }
     const std::size_t done = static_cast<std::size_t>(i) / 8 * bits;
-    FieldWriter rest(packed + done, size - done);
+    BitWriter rest(packed + done, size - done);
     for (; i < count; ++i) rest.put(static_cast<Word>(levels[i]), bits);
 }
 
