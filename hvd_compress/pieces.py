@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 _LAST = 1 / 25  # of a full bucket
 
 

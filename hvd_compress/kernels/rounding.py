@@ -14,7 +14,7 @@ from .draws import draw_seed, own_generator, uniform
 
 def round_by_chance(
     flat: Tensor,
-    offset: Tensor,
+    offset: Tensor | float,
     steps: Tensor,
     bucket: int,
     least: int,
@@ -28,8 +28,9 @@ def round_by_chance(
 
     Args:
         flat: float32 or float64 ``[d]``.
-        offset: of no dimensions, of the dtype of ``flat``, as ``steps``.
-        steps: the size of a step, ``[m]``, for ``bucket`` consecutive elements each; of all, if that is 0.
+        offset: a number, or a tensor of no dimensions, of the dtype of ``flat``.
+        steps: the size of a step, ``[m]``, of the dtype of ``flat``, for ``bucket`` consecutive elements each; of
+            all, if that is 0.
         bucket: see ``steps``.
         least, most: bounds, |bound| < 2^16.
         generator: draws.
@@ -46,7 +47,7 @@ def round_by_chance(
 
 
 def round_by_chance_by_torch(
-    flat: Tensor, offset: Tensor, steps: Tensor, bucket: int, least: int, most: int, draws: Tensor
+    flat: Tensor, offset: Tensor | float, steps: Tensor, bucket: int, least: int, most: int, draws: Tensor
 ) -> Tensor:
     """See :func:`round_by_chance`."""
     step = steps.repeat_interleave(min(bucket, len(flat)))[: len(flat)] if bucket else steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -47,7 +48,7 @@ class QSGD(Quantizer):
         if isinstance(self.bucket, bool) or not isinstance(self.bucket, int) or self.bucket < 0:
             raise ValueError(f"bucket must be a number of elements, or 0 for all, got {self.bucket!r}")
 
-    @property
+    @cached_property
     def s(self) -> int:
         """Steps to each side of zero."""
         return check_steps(self.levels, self.bits, 2**15 - 1, lambda b: 2 ** (b - 1) - 1)
@@ -71,7 +72,7 @@ class QSGD(Quantizer):
         rows = _rows(flat, self.bucket)
         scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
         # In a row of zeros, 0/0 counts as zero; what is not finite is told by the scale.
-        levels = round_by_chance(flat, flat.new_zeros(()), scale / s, self.bucket, -s, s, generator)
+        levels = round_by_chance(flat, 0.0, scale / s, self.bucket, -s, s, generator)
         return Message(tuple(x.shape), None, Symmetric(levels, scale, s, self.bucket))
 
 
@@ -134,7 +135,7 @@ class EvenSteps(Quantizer):
     def __post_init__(self) -> None:
         check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
 
-    @property
+    @cached_property
     def s(self) -> int:
         """Number of steps."""
         return check_steps(self.levels, self.bits, 2**16 - 1, lambda b: 2**b - 1)
