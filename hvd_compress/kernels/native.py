@@ -72,7 +72,7 @@ def add_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor,
 
 def split_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """:func:`add_top_k` with int32 indices if they suffice; what was selected is then taken off ``out``."""
-    split = _native.split_top_k32 if len(flat) <= 1 << 31 else _native.split_top_k64
+    split = _native.split_top_k32 if len(flat) < 1 << 31 else _native.split_top_k64
     indices, values = split(flat.numpy(), other.numpy(), out.numpy(), k, torch.get_num_threads(), _UNIT)
     return torch.from_numpy(indices), torch.from_numpy(values)
 

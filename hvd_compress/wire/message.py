@@ -104,7 +104,7 @@ class Message:
         """
         if self.indices is None:
             return Message((stop - start,), None, self.values.part(start, stop))
-        bounds = torch.tensor([start, stop]).to(self.indices)
+        bounds = torch.tensor([start, stop]).to(self.indices)  # int32 ones are of less than 2^31 elements
         low, high = torch.searchsorted(self.indices, bounds).tolist()
         return Message((stop - start,), self.indices[low:high] - start, self.values.part(low, high))
 

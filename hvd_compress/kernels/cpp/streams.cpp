@@ -184,7 +184,7 @@ void encode_indices(const Place* indices, const Row* rows, Index messages, Byte*
             for (int j = 0; j < together; ++j) {
                 const Index index = *indices++;
                 wrong |= index <= previous || index >= row.numel;
-                numbers[j] = static_cast<Word>(row.rice ? index - previous - 1 : index);
+                numbers[j] = static_cast<Word>(index) - (row.rice ? static_cast<Word>(previous) + 1 : 0);  // may wrap
                 previous = index;
             }
             if (wrong) wrong_indices();
