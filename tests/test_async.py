@@ -920,7 +920,7 @@ def test_ranks_that_end_in_the_middle_end_the_job(mode: str, wrong: str, text: s
 def test_ranks_that_have_saved_their_states_may_end(mode: str, within: str) -> None:
     """With the status that asks for another start, as after an interruption."""
     ended = launch(2, SCRIPT.format(mode=mode, wrong=f"{within}state = optimizer.state_dict(); exit(75)"))
-    assert ended.returncode == 75
+    assert ended.returncode == 75, ended.stdout
     assert "Error" not in ended.stdout
 
 
