@@ -12,7 +12,6 @@ from typing import Protocol
 import numpy as np
 from mpi4py import MPI
 
-from .communicator import be_told_of_the_end, mpi
 from .gather import LIMIT, Bytes
 
 _SHORTEST, _LONGEST = 5e-5, 2e-3  # seconds between two looks at what has arrived: long ones while nothing happens
@@ -75,7 +74,6 @@ class Service:
         self._outgoing: list[_Transfer] = []  # requests that may still be on their way
         self._thread: threading.Thread | None = None
         if answerer is not None:
-            be_told_of_the_end()
             self._thread = threading.Thread(
                 target=self._serve, args=(answerer,), name="hvd_compress server", daemon=True
             )
@@ -162,15 +160,13 @@ class Service:
         incoming: list[_Transfer] = []
         outgoing: list[_Transfer] = []
         pause, beat = _SHORTEST, time.monotonic()
-        while not self._stopping:
-            with mpi() as is_there:
-                if not is_there:  # a Horovod that started MPI ends it as soon as one rank's program ends
-                    return
-                while (transfer := _accept(self._requests)) is not None:
-                    incoming.append(transfer)
-                arrived = [t for t in incoming if t.request.Test()]
-                incoming = [t for t in incoming if t not in arrived]
-                outgoing = [t for t in outgoing if not t.request.Test()]
+        # A Horovod that started MPI ends it as soon as one rank's program ends.
+        while not self._stopping and not MPI.Is_finalized():
+            while (transfer := _accept(self._requests)) is not None:
+                incoming.append(transfer)
+            arrived = [t for t in incoming if t.request.Test()]
+            incoming = [t for t in incoming if t not in arrived]
+            outgoing = [t for t in outgoing if not t.request.Test()]
             now = time.monotonic()
             with self.lock:
                 answers = [a for t in arrived for a in answerer.receive(t.rank, t.topic, t.buffer)]
@@ -180,12 +176,11 @@ class Service:
                     beat = now
                     told = {rank for rank, _ in answers}
                     answers += [(rank, _NOTHING) for rank in answerer.waiting if rank not in told]
-            with mpi() as is_there:
-                for rank, answer in answers if is_there else ():
-                    _check(answer)
-                    sending = self._answers.Isend([answer, MPI.BYTE], dest=rank)
-                    outgoing.append(_Transfer(sending, answer, rank))
-                    self.answered += answer.nbytes
+            for rank, answer in answers:
+                _check(answer)
+                sending = self._answers.Isend([answer, MPI.BYTE], dest=rank)
+                outgoing.append(_Transfer(sending, answer, rank))
+                self.answered += answer.nbytes
             if is_done and not outgoing:
                 return
             pause = _SHORTEST if arrived or incoming or outgoing else min(2 * pause, _LONGEST)
