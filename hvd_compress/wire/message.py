@@ -46,7 +46,7 @@ class Message:
     """
 
     shape: tuple[int, ...]  # of the tensor that was compressed
-    indices: Tensor | None  # int64 [k], strictly ascending, into the flattened tensor; None: every element. Or int32
+    indices: Tensor | None  # int64 [k], strictly ascending, into the flattened tensor; or int32. None: every element
     values: Values  # of length k; numel when indices is None
     rule: Subset | Block | None = None  # sent in place of the indices, which it yields
 

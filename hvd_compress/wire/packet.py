@@ -119,6 +119,7 @@ def encode(
 
     coded = [i for place in table.coded if (i := kept[place].indices) is not None]
     indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
+    indices = indices if indices.dtype == torch.int32 else indices.to(torch.int64)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
     quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
     levels = [pack_levels(q.levels, q.bits) for q in quantized]
