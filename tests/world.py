@@ -151,7 +151,7 @@ class World:
         if not all(reply.exists() for reply in replies):
             self.close()
             self._log.seek(0)
-            stories.append(f"--- output\n{self._log.read()[-8000:]}")
+            stories.append(f"--- output\n{self._log.read()[-40_000:]}")
         raise RankFailedError("\n".join([f"{function.__qualname__} failed on {self.ranks} ranks", *stories]))
 
     def close(self) -> None:
