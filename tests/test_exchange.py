@@ -666,6 +666,29 @@ print('the end')
     assert ended.stdout.count("the end") == 2
 
 
+def test_a_collected_compressor_waits_for_no_thread() -> None:
+    """A garbage collection may come while the program has what the thread that uses MPI just now waits for."""
+    collected = """
+import gc, threading
+from hvd_compress.exchange.communicator import mpi
+begun, over = threading.Event(), threading.Event()
+def look():
+    with mpi():
+        begun.set()
+        over.wait()
+step()
+threading.Thread(target=look).start()
+begun.wait()
+del model, optimizer, compression, step
+gc.collect()
+over.set()
+print('the end')
+"""
+    ended = launch(2, PREAMBLE + collected, timeout=60)
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.count("the end") == 2
+
+
 def test_ranks_that_all_raise_each_say_why() -> None:
     ended = launch(2, PREAMBLE + "step()\nraise KeyError(f'rank {hvd.rank()}')")
     assert ended.returncode != 0

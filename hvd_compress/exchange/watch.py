@@ -85,10 +85,11 @@ class _Watcher:
         self._others = [rank for rank in range(communicator.Get_size()) if rank != self._rank]
         self._timeout = timeout
         self._what = what
-        self._process = os.getpid()
+        self.process = os.getpid()
         # State. The program writes the first two, the thread reads them.
         self.since: float | None = None  # when this rank has come to an exchange, if it is in one
         self.done = 0  # exchanges
+        self._is_unused = False  # by the program, from now on
         self._stopped = threading.Event()
         self._asked: float | None = None
         self._told: dict[int, dict[str, Any]] = {}
@@ -111,9 +112,13 @@ class _Watcher:
         atexit.register(_end_of_program)
 
     def drop(self) -> None:
-        """The program has no more use for the exchange."""
+        """The program has no more use for the exchange.
+
+        Called by whichever garbage collection finds that out, wherever the program is just then: in an import, or
+        with a lock of its own. So it waits for nothing, and leaves the rest to the thread.
+        """
         if self.since is None:
-            self.retire()
+            self._is_unused = True
         else:
             # A step was begun and given up, as it was on the others most likely, some of which may drop it later: to
             # say that this rank is gone would end the job. It answers until the program ends.
@@ -121,11 +126,11 @@ class _Watcher:
 
     def retire(self) -> None:
         """This rank comes to no more exchanges: tell the others, who may wait for it."""
-        _watching.discard(self)
-        self._stopped.set()
-        if os.getpid() != self._process:
-            return
         with mpi() as is_there:
+            _watching.discard(self)
+            if self._stopped.is_set():
+                return
+            self._stopped.set()
             for rank in self._others if is_there else ():
                 self._send(rank, _GONE, self._place())
 
@@ -154,6 +159,9 @@ class _Watcher:
 
     def _run(self) -> None:
         while not self._stopped.wait(_LOOK_SECONDS):
+            if self._is_unused:
+                self.retire()
+                return
             with mpi() as is_there:
                 if self._stopped.is_set():
                     return
@@ -278,7 +286,7 @@ def _end_of_program() -> None:
 
     Until then it watches, for all kinds of exchanges at once, whether another rank comes to wait for it.
     """
-    watchers = list(_watching)
+    watchers = [watcher for watcher in _watching.copy() if watcher.process == os.getpid()]  # not a fork's parent's
     for watcher in watchers:
         watcher.retire()
     while watchers:
@@ -289,7 +297,7 @@ def _end_of_program() -> None:
 
 def _frame() -> FrameType | None:
     """The innermost one of the program; not this thread's."""
-    # Python holds a lock meanwhile, for which the callbacks of a garbage collection, which may come here, would wait.
+    # Python holds a lock meanwhile: a garbage collection's callbacks, or a thread that they let run, may wait for it.
     was_enabled = gc.isenabled()
     gc.disable()
     try:
