@@ -18,7 +18,7 @@ from test_wire import reseal, sample
 from torch import Tensor
 
 from hvd_compress import WireError
-from hvd_compress.kernels import Sparse, add_at, all_finite, all_nonzero, is_finite, native, subtract_at, sum_at
+from hvd_compress.kernels import Sparse, add_at, all_finite, is_finite, native, none_is, subtract_at, sum_at
 from hvd_compress.kernels.vectors import (
     add_at_by_torch,
     is_finite_by_torch,
@@ -74,15 +74,9 @@ def assert_selects_the_same_of_a_sum(x: Tensor, other: Tensor, k: int, threads: 
     expected = top_k(total, k)
     for unit in loops.vector_units():
         for number in threads:
-            ours = x.clone()
-            for out in (torch.empty_like(ours), ours):  # in place at last
-                indices, values = loops.add_top_k(ours.numpy(), other.numpy(), out.numpy(), k, number, unit)
-                assert equal(out, total), (unit, number)
-                assert np.array_equal(indices, expected.numpy()), (unit, number)
-                assert values.tobytes() == bits_of(out[expected]), (unit, number)
             for split, dtype in ((loops.split_top_k32, np.int32), (loops.split_top_k64, np.int64)):
                 ours = x.clone()
-                for out in (torch.empty_like(ours), ours):
+                for out in (torch.empty_like(ours), ours):  # in place at last
                     indices, values = split(ours.numpy(), other.numpy(), out.numpy(), k, number, unit)
                     assert indices.dtype == dtype
                     assert np.array_equal(indices, expected.numpy()), (unit, number)
@@ -281,19 +275,26 @@ def test_all_finite(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float16, torch.bfloat16])
-def test_all_nonzero(dtype: torch.dtype) -> None:
+def test_none_is_zero(dtype: torch.dtype) -> None:
     tiny = torch.finfo(dtype).smallest_normal
     good = [
         torch.ones(0, dtype=dtype),
         torch.tensor([math.nan, INFINITY, tiny], dtype=dtype),
         torch.ones(5, dtype=dtype),
     ]
-    assert all_nonzero(good)
-    assert all_nonzero([])
-    assert all_nonzero([torch.ones(2), torch.ones(2, dtype=torch.float64)])
+    assert none_is(good, 0)
     for zero in (0.0, -0.0):
-        assert not all_nonzero([torch.tensor([1, zero], dtype=dtype), *good])
-        assert not all_nonzero([*good, torch.tensor([zero, 1], dtype=dtype)])
+        assert not none_is([torch.tensor([1, zero], dtype=dtype), *good], 0)
+        assert not none_is([*good, torch.tensor([zero, 1], dtype=dtype)], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_none_is_a_level(dtype: torch.dtype) -> None:
+    levels = torch.arange(200).to(dtype)
+    for place in (0, 63, 199):
+        assert not none_is([levels[:0], levels], place)
+        assert none_is([levels[:0], levels[:place], levels[place + 1 :]], place)
+    assert none_is([levels], 200)
 
 
 @pytest.mark.parametrize("index", [-1, 5, 2**62, -(2**63)])
@@ -413,13 +414,23 @@ def test_levels(bits: int, count: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     levels = torch.randint(0, 2**bits, (count,), generator=generator)
     levels = levels.to(torch.uint8) if bits <= 8 else levels
-    packed = pack_levels(levels, bits)
+    packed = pack_levels([levels], bits)
     assert bits_of(packed) == bits_of(pack_levels_by_torch(levels, bits))
     for wider in (torch.int32, torch.int64):
-        assert bits_of(packed) == bits_of(pack_levels(levels.to(wider), bits))
-    unpacked = unpack_levels(packed, bits, count)
+        assert bits_of(packed) == bits_of(pack_levels([levels.to(wider)], bits))
+    unpacked = unpack_levels(packed, bits, [count])
     assert unpacked.dtype == unpack_levels_by_torch(packed, bits, count).dtype
     assert torch.equal(unpacked, levels)
+
+
+@given(st.integers(1, 16), st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 2**32))
+def test_runs_of_levels(bits: int, counts: list[int], seed: int) -> None:
+    """Each begins with a byte of its own."""
+    levels = torch.randint(0, 2**bits, (sum(counts),), generator=torch.Generator().manual_seed(seed))
+    levels = levels.to(torch.uint8) if bits <= 8 else levels
+    packed = pack_levels(levels.split(counts), bits)
+    assert bits_of(packed) == b"".join(bits_of(pack_levels_by_torch(run, bits)) for run in levels.split(counts))
+    assert torch.equal(unpack_levels(packed, bits, counts), levels)
 
 
 # Packets
@@ -488,12 +499,14 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x[::2], 1, 1, unit),
         lambda: loops.top_k(x.astype(np.float16), 1, 1, unit),
         lambda: loops.top_k(x.tolist(), 1, 1, unit),
-        lambda: loops.add_top_k(x, x.astype(np.float64), x, 1, 1, unit),
+        lambda: loops.split_top_k32(x, x.astype(np.float64), x, 1, 1, unit),
         lambda: loops.is_finite(x[::2], 1),
         lambda: loops.add_at(x, indices.astype(np.uint32), x[:2], 1.0),
         lambda: loops.sum_at([x, x], [indices, indices.astype(np.int32)], [x[:2]] * 2, [[1, 1]] * 2, 1.0, 1),
         lambda: loops.add_at(x, indices, x[:2].astype(np.float64), 1.0),
-        lambda: loops.pack_levels(x, 3),
+        lambda: loops.pack_levels([x], 3),
+        lambda: loops.pack_levels([bytes_, indices], 3),
+        lambda: loops.none_is([bytes_, indices], 0),
     ):
         with pytest.raises(TypeError):
             call()
@@ -501,12 +514,12 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x, 0, 1, unit),
         lambda: loops.top_k(x, 9, 1, unit),
         lambda: loops.top_k(x.reshape(2, 4), 1, 1, unit),
-        lambda: loops.add_top_k(x, np.zeros(8, np.float32), x, 9, 1, unit),
-        lambda: loops.add_top_k(x, np.zeros(7, np.float32), x, 1, 1, unit),
-        lambda: loops.add_top_k(x, np.zeros(8, np.float32), np.zeros(7, np.float32), 1, 1, unit),
-        lambda: loops.add_top_k(x[1:], x[:-1], x[1:], 1, 1, unit),
-        lambda: loops.add_top_k(x[1:], np.zeros(7, np.float32), x[:-1], 1, 1, unit),
-        lambda: loops.add_top_k(read_only, x, read_only, 1, 1, unit),
+        lambda: loops.split_top_k32(x, np.zeros(8, np.float32), x, 9, 1, unit),
+        lambda: loops.split_top_k32(x, np.zeros(7, np.float32), x, 1, 1, unit),
+        lambda: loops.split_top_k32(x, np.zeros(8, np.float32), np.zeros(7, np.float32), 1, 1, unit),
+        lambda: loops.split_top_k32(x[1:], x[:-1], x[1:], 1, 1, unit),
+        lambda: loops.split_top_k32(x[1:], np.zeros(7, np.float32), x[:-1], 1, 1, unit),
+        lambda: loops.split_top_k32(read_only, x, read_only, 1, 1, unit),
         lambda: loops.add_at(read_only, indices, x[:2], 1.0),
         lambda: loops.add_at(x, indices, x[:3], 1.0),
         lambda: loops.sum_at([x], [indices], [x[:2]], [], 1.0, 1),
@@ -520,10 +533,13 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.decode_indices64(bytes_, bytes_, np.array([[2, 1, 1, 9]])),
         lambda: loops.decode_indices64(bytes_, bytes_, np.array([[2**62, 0, 1, 9]])),
         lambda: loops.decode_indices32(bytes_, bytes_, np.array([[-1, 1, 1, 9]])),
-        lambda: loops.pack_levels(bytes_, 17),
-        lambda: loops.unpack_levels(bytes_, 4, 9),
-        lambda: loops.unpack_levels(bytes_, 4, -1),
-        lambda: loops.unpack_levels(bytes_, 4, 2**62),
+        lambda: loops.pack_levels([bytes_], 17),
+        lambda: loops.pack_levels([bytes_.reshape(2, 2)], 4),
+        lambda: loops.unpack_levels(bytes_, 4, [9]),
+        lambda: loops.unpack_levels(bytes_, 4, [3, 3, 1]),
+        lambda: loops.unpack_levels(bytes_, 4, [9, -1]),
+        lambda: loops.unpack_levels(bytes_, 4, [2**62]),
+        lambda: loops.unpack_levels(bytes_, 16, [2**55] * 9),
     ):
         with pytest.raises(ValueError, match=r"\w"):
             call()

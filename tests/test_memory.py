@@ -83,7 +83,7 @@ def test_decay_rounds_the_product() -> None:
     memory.load_state_dict({"w": m})
     x, other = memory.compensate("w", -(m * 0.9))
     assert other is not None
-    operator.add_encode(x, other, x)
+    operator.split(x, other, x)
     assert not x.any()
 
 

@@ -452,27 +452,19 @@ def test_receivers_see_what_the_sender_computes(operator: Operator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("operator", [*EVERY, TopK(ratio=1.0), CAT()], ids=repr)
-def test_add_encode_is_encode_of_the_sum(operator: Operator, dtype: torch.dtype) -> None:
+def test_split_is_encode_of_the_sum_and_what_that_leaves(operator: Operator, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     x, other = torch.randn(500, dtype=dtype, generator=generator), torch.randn(500, dtype=dtype, generator=generator)
-    total, addend = x + other, other.clone()
-    expected = operator.encode(total, generator=torch.Generator().manual_seed(1)).to_bytes()
-    before = x.clone()
+    total, addend, before = x + other, other.clone(), x.clone()
+    encoded = operator.encode(total, generator=torch.Generator().manual_seed(1))
+    expected, left = encoded.to_bytes(), encoded.decode().neg().add(total)
     for out in (torch.empty_like(x), x):
         assert torch.equal(x, before)
-        message = operator.add_encode(x, other, out, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(out, total)
-        assert torch.equal(other, addend)
-        assert message.to_bytes() == expected
-        out.fill_(9)  # the memory changes it at once
-        assert message.to_bytes() == expected
-    x.copy_(before)
-    left = operator.encode(total, generator=torch.Generator().manual_seed(1)).decode().neg().add(total)
-    for out in (torch.empty_like(x), x):
         message = operator.split(x, other, out, generator=torch.Generator().manual_seed(1))
         assert torch.equal(out, left)
         assert torch.equal(other, addend)
-        out.fill_(9)
+        assert message.to_bytes() == expected
+        out.fill_(9)  # the memory changes it at once
         assert message.to_bytes() == expected
 
 

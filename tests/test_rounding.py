@@ -12,10 +12,25 @@ from hypothesis import strategies as st
 from test_kernels import AWKWARD, FLOATS, equal
 from torch import Tensor
 
-from hvd_compress.kernels import choose_by_chance, hadamard, look_up, random_signs, random_subset, round_by_chance
+from hvd_compress.kernels import (
+    choose_by_chance,
+    hadamard,
+    look_up,
+    look_up_runs,
+    random_signs,
+    random_subset,
+    round_by_chance,
+    round_to_largest,
+)
 from hvd_compress.kernels.draws import draw_seed, uniform, uniform_by_torch, uniform_of, words
 from hvd_compress.kernels.hadamard import hadamard_by_torch, random_signs_by_torch
-from hvd_compress.kernels.rounding import choose_by_chance_by_torch, look_up_by_torch, round_by_chance_by_torch
+from hvd_compress.kernels.rounding import (
+    choose_by_chance_by_torch,
+    look_up_by_torch,
+    look_up_runs_by_torch,
+    round_by_chance_by_torch,
+    round_to_largest_by_torch,
+)
 from hvd_compress.kernels.subset import first_different
 from hvd_compress.operators import QSGD, TNQSGD, MinMax, OneBit, Operator, RandK, Rotated
 
@@ -157,6 +172,37 @@ def test_round_by_chance(
 @given(
     st.sampled_from(SIZES),
     st.sampled_from(FLOATS),
+    st.sampled_from([1, 7, 127, 128, 2**15 - 1]),
+    st.sampled_from([0.0, 0.01, 1.0]),
+    st.integers(0, 2**32),
+)
+def test_round_to_largest(numel: int, dtype: torch.dtype, s: int, awkward: float, seed: int) -> None:
+    flat = some(numel, dtype, awkward, seed)
+    levels, largest = round_to_largest(flat, s, torch.Generator().manual_seed(seed))
+    expected, norm = round_to_largest_by_torch(flat, s, draws_of(seed, flat))
+    assert equal(largest, norm)
+    assert levels.dtype == expected.dtype
+    assert torch.equal(levels, expected)
+
+
+@pytest.mark.parametrize(
+    "values", [[], [0.0, -0.0], [-3.0, 2.0], [1.0, -math.inf], [math.nan, math.inf], [-1e-45, 0]]
+)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_largest_magnitude(dtype: torch.dtype, values: list[float]) -> None:
+    for copies in (1, 40):  # of vectors of a processor, too
+        flat = torch.tensor(values * copies, dtype=dtype)
+        largest = round_to_largest(flat, 7, None)[1].tolist()
+        magnitudes = flat.abs().tolist()
+        if any(map(math.isnan, magnitudes)):
+            assert math.isnan(largest[0])
+        else:
+            assert largest == [max(magnitudes, default=0.0)]
+
+
+@given(
+    st.sampled_from(SIZES),
+    st.sampled_from(FLOATS),
     st.sampled_from([2, 3, 8, 64, 65, 256, 257, 4097]),
     st.sampled_from(["even", "uneven", "equal", "nan"]),
     st.sampled_from([0.0, 0.1, 1.0]),
@@ -223,6 +269,26 @@ def test_look_up(entries: int, levels: torch.dtype, dtype: torch.dtype) -> None:
         chosen[77] = -1
         with pytest.raises(IndexError):
             look_up(table, chosen)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("levels", [torch.uint8, torch.int32, torch.int64])
+def test_look_up_runs(levels: torch.dtype, dtype: torch.dtype) -> None:
+    table, counts = some(15, dtype, 0.2, 0), [3, 0, 500, 1]
+    scales = some(4, dtype, 0.5, 1)
+    chosen = torch.randint(15, (504,), generator=torch.Generator().manual_seed(0)).to(levels)
+    runs = zip(chosen.split(counts), scales, strict=True)
+    assert equal(look_up_runs(table, chosen, counts, scales), torch.cat([table[run.long()] * s for run, s in runs]))
+    assert equal(look_up_runs(table, chosen, counts, scales), look_up_runs_by_torch(table, chosen, counts, scales))
+    assert look_up_runs(table, chosen[:0], [], scales[:0]).shape == (0,)
+    for wrong in ([3, 0, 500], [3, 0, 500, 2], [504, 0, -1, 1]):
+        with pytest.raises(ValueError, match="count"):
+            look_up_runs(table, chosen, wrong, scales[: len(wrong)])
+    with pytest.raises(ValueError, match="a scale for each run"):
+        look_up_runs(table, chosen, counts, scales[:3])
+    chosen[503] = 15
+    with pytest.raises(IndexError):
+        look_up_runs(table, chosen, counts, scales)
 
 
 def test_wrong_arguments_are_errors() -> None:

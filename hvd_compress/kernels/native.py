@@ -63,16 +63,12 @@ def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
-def add_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same of ``torch.add(flat, other, out=out)``; ``out`` may be ``flat``."""
-    threads = torch.get_num_threads()
-    indices, values = _native.add_top_k(flat.numpy(), other.numpy(), out.numpy(), k, threads, _UNIT)
-    return torch.from_numpy(indices), torch.from_numpy(values)
-
-
 def split_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """:func:`add_top_k` with int32 indices if they suffice; what was selected is then taken off ``out``."""
-    split = _native.split_top_k32 if len(flat) < 1 << 31 else _native.split_top_k64
+    """The same of ``torch.add(flat, other, out=out)``, off which it is then taken; ``out`` may be ``flat``.
+
+    Indices are int32 if they suffice.
+    """
+    split = _native.split_top_k32 if flat.numel() < 1 << 31 else _native.split_top_k64
     indices, values = split(flat.numpy(), other.numpy(), out.numpy(), k, torch.get_num_threads(), _UNIT)
     return torch.from_numpy(indices), torch.from_numpy(values)
 
@@ -82,9 +78,9 @@ def is_finite(flat: Tensor) -> bool:
     return _native.is_finite(flat.numpy(), torch.get_num_threads())
 
 
-def all_nonzero(vectors: Sequence[Tensor]) -> bool:
-    """:func:`.vectors.all_nonzero`, for vectors of one dtype."""
-    return _native.all_nonzero([v.numpy() for v in vectors])
+def none_is(vectors: Sequence[Tensor], number: float) -> bool:
+    """:func:`.vectors.none_is`, for vectors of one dtype."""
+    return _native.none_is([v.numpy() for v in vectors], number)
 
 
 def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float) -> None:
@@ -137,6 +133,12 @@ def round_by_chance(
     return torch.from_numpy(levels)
 
 
+def round_to_largest(flat: Tensor, s: int, seed: int) -> tuple[Tensor, Tensor]:
+    """:func:`.rounding.round_to_largest` with the draws of a seed."""
+    levels, scale = _native.round_to_largest(flat.numpy(), s, seed, torch.get_num_threads())
+    return torch.from_numpy(levels), torch.from_numpy(scale)
+
+
 def choose_by_chance(flat: Tensor, table: Tensor, seed: int) -> Tensor:
     """:func:`.rounding.choose_by_chance` with the draws of a seed."""
     return torch.from_numpy(_native.choose_by_chance(flat.numpy(), table.numpy(), seed, torch.get_num_threads()))
@@ -145,6 +147,11 @@ def choose_by_chance(flat: Tensor, table: Tensor, seed: int) -> Tensor:
 def look_up(table: Tensor, levels: Tensor) -> Tensor:
     """:func:`.rounding.look_up`."""
     return torch.from_numpy(_native.look_up(table.numpy(), levels.numpy(), torch.get_num_threads()))
+
+
+def look_up_runs(table: Tensor, levels: Tensor, counts: Sequence[int], scales: Tensor) -> Tensor:
+    """:func:`.rounding.look_up_runs`."""
+    return torch.from_numpy(_native.look_up_runs(table.numpy(), levels.numpy(), counts, scales.numpy()))
 
 
 def encode_indices(indices: Tensor, table: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -159,11 +166,11 @@ def decode_indices(unary: Tensor, fixed: Tensor, table: Tensor, dtype: torch.dty
     return torch.from_numpy(decode(unary.numpy(), fixed.numpy(), table.numpy()))
 
 
-def pack_levels(levels: Tensor, bits: int) -> Tensor:
-    """``wire.bits.pack_levels``."""
-    return torch.from_numpy(_native.pack_levels(levels.numpy(), bits))
+def pack_levels(runs: Sequence[Tensor], bits: int) -> Tensor:
+    """``wire.bits.pack_levels``, for runs of one dtype."""
+    return torch.from_numpy(_native.pack_levels([levels.numpy() for levels in runs], bits))
 
 
-def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
+def unpack_levels(packed: Tensor, bits: int, counts: Sequence[int]) -> Tensor:
     """``wire.bits.unpack_levels``."""
-    return torch.from_numpy(_native.unpack_levels(packed.numpy(), bits, count))
+    return torch.from_numpy(_native.unpack_levels(packed.numpy(), bits, counts))

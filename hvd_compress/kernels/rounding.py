@@ -5,6 +5,8 @@ The ``…_by_torch`` functions are the definitions; the others equal them bit fo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,30 @@ def round_by_chance_by_torch(
     return (rounded - least).to(_level_dtype(most - least))
 
 
+def round_to_largest(flat: Tensor, s: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """:func:`round_by_chance` to s steps to each side of zero, the last of which is the largest magnitude.
+
+    Args:
+        flat: float32 or float64 ``[d]``.
+        s: from 1 to 2^15 − 1.
+        generator: draws.
+
+    Returns:
+        Levels from 0 to 2 s, uint8 ``[d]`` (int64 if s is 128 or more), and the largest magnitude, ``[1]``: NaN if
+        there is one, 0 of no elements.
+    """
+    generator = generator or own_generator(flat.device)
+    if generator.device.type == "cpu" and native.serves(flat):
+        return native.round_to_largest(flat, s, draw_seed(generator))
+    return round_to_largest_by_torch(flat, s, uniform(flat.numel(), generator, flat))
+
+
+def round_to_largest_by_torch(flat: Tensor, s: int, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`round_to_largest`."""
+    largest = flat.abs().amax().reshape(1) if flat.numel() else flat.new_zeros(1)
+    return round_by_chance_by_torch(flat, 0.0, largest / s, 0, -s, s, draws), largest
+
+
 def choose_by_chance(flat: Tensor, table: Tensor, generator: torch.Generator | None) -> Tensor:
     """The place in ``table`` of one of the two entries around each element, chosen without bias.
 
@@ -103,6 +129,28 @@ def look_up(table: Tensor, levels: Tensor) -> Tensor:
 def look_up_by_torch(table: Tensor, levels: Tensor) -> Tensor:
     """See :func:`look_up`."""
     return table[levels.to(torch.int64)]
+
+
+def look_up_runs(table: Tensor, levels: Tensor, counts: Sequence[int], scales: Tensor) -> Tensor:
+    """:func:`look_up` of several runs of levels, one after the other, times a scale of each run.
+
+    Args:
+        table, levels: see there.
+        counts: levels of each run.
+        scales: one for each run, of the dtype of ``table``.
+
+    Raises:
+        IndexError: a level is out of bounds (on the CPU).
+    """
+    if native.serves(table, levels, scales):
+        return native.look_up_runs(table, levels, counts, scales)
+    return look_up_runs_by_torch(table, levels, counts, scales)
+
+
+def look_up_runs_by_torch(table: Tensor, levels: Tensor, counts: Sequence[int], scales: Tensor) -> Tensor:
+    """See :func:`look_up_runs`."""
+    repeats = torch.tensor(counts, dtype=torch.int64, device=scales.device)
+    return look_up_by_torch(table, levels).mul_(scales.repeat_interleave(repeats, output_size=len(levels)))
 
 
 def _level_dtype(highest: int) -> torch.dtype:

@@ -42,11 +42,14 @@ def is_finite_by_torch(tensor: Tensor) -> Tensor:
     return torch.isfinite(tensor).all()
 
 
-def all_nonzero(vectors: Sequence[Tensor]) -> bool:
-    """Whether no element of any of ``vectors``, on one device, is zero. On a GPU it waits for the device, once."""
-    if len({v.dtype for v in vectors}) == 1 and vectors[0].is_floating_point() and native.serves(*vectors):
-        return native.all_nonzero(vectors)
-    return not vectors or bool(torch.cat([v != 0 for v in vectors]).all())
+def none_is(vectors: Sequence[Tensor], number: float) -> bool:
+    """Whether no element of any of ``vectors``, one or more of one dtype and device, is equal to ``number``.
+
+    On a GPU it waits for the device, once.
+    """
+    if native.serves(*vectors):
+        return native.none_is(vectors, number)
+    return bool(torch.cat([v != number for v in vectors]).all())
 
 
 def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) -> None:

@@ -43,25 +43,22 @@ class Operator(ABC):
             learns of an overflow on one of them.
         """
 
-    def add_encode(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
-        """:meth:`encode` of x + other, which ``out`` becomes: some operators do it in one pass over memory.
+    def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
+        """:meth:`encode` of x + other; ``out`` becomes what the message leaves of that sum: x + other − C(x + other).
 
-        A subclass of one of these that changes :meth:`encode` must change this too.
+        Some operators do it in one pass over memory: a subclass of one of these that changes :meth:`encode` must
+        change this too.
 
         Args:
             x: float32 or float64 ``[d]``, contiguous.
             other: of the same shape, dtype and device.
             out: likewise; ``x`` itself, or else it overlaps neither.
             draws: what :meth:`encode` takes besides.
-        """
-        return self.encode(torch.add(x, other, out=out), **draws)
 
-    def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
-        """:meth:`add_encode`, but ``out`` becomes what the message leaves of the sum: x + other − C(x + other).
-
-        Indices may be int32. The same holds for subclasses of one that does it at once.
+        Returns:
+            The message, whose indices may be int32.
         """
-        message = self.add_encode(x, other, out, **draws)
+        message = self.encode(torch.add(x, other, out=out), **draws)
         message.add_to(out, alpha=-1)
         return message
 
@@ -114,7 +111,9 @@ def typical_error(operator: Operator, numel: int = 1 << 14) -> float:
 
 def flatten(x: Tensor) -> Tensor:
     """``x`` as a vector of its working dtype: a view where possible, so not to be changed."""
-    return x.detach().to(working_dtype(x.dtype)).reshape(-1)
+    flat, dtype = x.detach(), working_dtype(x.dtype)
+    flat = flat if flat.dtype == dtype else flat.to(dtype)
+    return flat if flat.dim() == 1 else flat.reshape(-1)
 
 
 def check_steps(levels: int | None, bits: int | None, largest: int, steps_of: Callable[[int], int]) -> int:

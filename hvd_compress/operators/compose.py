@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..wire import Message
+from ..wire import Floats, Message
 from .amount import Amount
 from .base import Operator, Quantizer
 from .quantizers import QSGD, Sign
@@ -95,11 +95,14 @@ class Composed(Operator):
         """See :meth:`Operator.encode`. What is shared chooses elements; each rank rounds by draws of its own."""
         return self._quantize(self.sparsifier.encode(x, **self._draws(generator, shared)), generator)
 
-    def add_encode(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
-        """See :meth:`Operator.add_encode`."""
+    def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
+        """See :meth:`Operator.split`: what the sparsifier leaves, and the quantizer of the kept elements."""
         generator = draws.get("generator")
-        kept = self.sparsifier.add_encode(x, other, out, **self._draws(generator, draws.get("shared")))
-        return self._quantize(kept, generator)
+        kept = self.sparsifier.split(x, other, out, **self._draws(generator, draws.get("shared")))
+        message = self._quantize(kept, generator)
+        left = kept.values.decode() - message.values.decode()
+        Message(kept.shape, kept.indices, Floats(left)).add_to(out)
+        return message
 
     def _draws(
         self, generator: torch.Generator | None, shared: torch.Generator | None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers
-from ..kernels import draw_seed, hadamard, next_power_of_two, random_signs, round_by_chance
+from ..kernels import draw_seed, hadamard, next_power_of_two, random_signs, round_by_chance, round_to_largest
 from ..wire import Message, Range, Symmetric
 from ..wire import Rotated as RotatedValues
 from .base import Quantizer, check_steps, flatten
@@ -69,10 +69,13 @@ class QSGD(Quantizer):
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
         """See :meth:`Operator.encode`."""
         flat, s = flatten(x), self.s
-        rows = _rows(flat, self.bucket)
-        scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
         # In a row of zeros, 0/0 counts as zero; what is not finite is told by the scale.
-        levels = round_by_chance(flat, 0.0, scale / s, self.bucket, -s, s, generator)
+        if self.norm == "max" and not self.bucket:
+            levels, scale = round_to_largest(flat, s, generator)
+        else:
+            rows = _rows(flat, self.bucket)
+            scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
+            levels = round_by_chance(flat, 0.0, scale / s, self.bucket, -s, s, generator)
         return Message(tuple(x.shape), None, Symmetric(levels, scale, s, self.bucket))
 
 

@@ -35,14 +35,6 @@ class TopK(Amount, Operator):
         indices, values = largest(flat, k)
         return Message(tuple(x.shape), indices, Floats(values))
 
-    def add_encode(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
-        """See :meth:`Operator.add_encode`."""
-        k = self.count(x.numel())
-        if k == x.numel() or not native.serves(x, other, out):
-            return super().add_encode(x, other, out)
-        indices, values = native.add_top_k(x, other, out, k)
-        return Message(tuple(x.shape), indices, Floats(values))
-
     def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
         """See :meth:`Operator.split`."""
         k = self.count(x.numel())

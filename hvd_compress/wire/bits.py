@@ -5,6 +5,8 @@ adding is or-ing). There is no loop over elements and integer addition commutes,
 on every device. Levels, of which there may be one for each element of a tensor, have a compiled loop as well.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,21 +45,23 @@ def unpack_fields(packed: Tensor, widths: Tensor) -> Tensor:
     return (window >> shift) & ((1 << widths) - 1)
 
 
-def pack_levels(levels: Tensor, bits: int) -> Tensor:
+def pack_levels(runs: Sequence[Tensor], bits: int) -> Tensor:
     """Like :func:`pack_fields` with one width for all, which eight levels at a time make quicker.
 
     Args:
-        levels: uint8 or int64 ``[n]``, ``0 <= levels[i] < 2 ** bits``.
+        runs: uint8 or int64 ``[n]`` each, one or more of one dtype, ``0 <= level < 2 ** bits``.
         bits: 1 to 16.
 
     Returns:
-        uint8 ``[ceil(n * bits / 8)]``.
+        uint8: of each run ``ceil(n * bits / 8)`` bytes.
     """
-    return native.pack_levels(levels, bits) if native.serves(levels) else pack_levels_by_torch(levels, bits)
+    if native.serves(*runs):
+        return native.pack_levels(runs, bits)
+    return torch.cat([pack_levels_by_torch(levels, bits) for levels in runs])
 
 
 def pack_levels_by_torch(levels: Tensor, bits: int) -> Tensor:
-    """See :func:`pack_levels`."""
+    """:func:`pack_levels` of one run."""
     total_bits = len(levels) * bits
     if bits > 7:  # eight of them do not fit into one word
         return pack_fields(levels.to(torch.int64), torch.full_like(levels, bits, dtype=torch.int64), total_bits)
@@ -68,18 +72,22 @@ def pack_levels_by_torch(levels: Tensor, bits: int) -> Tensor:
     return words.view(torch.uint8).reshape(-1, 8)[:, :bits].reshape(-1)[: (total_bits + 7) // 8].contiguous()
 
 
-def unpack_levels(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Inverse of :func:`pack_levels`: uint8 ``[count]``, or int64 where a level has more than 8 bits.
+def unpack_levels(packed: Tensor, bits: int, counts: Sequence[int]) -> Tensor:
+    """Inverse of :func:`pack_levels`: the levels of all runs, uint8, or int64 where a level has more than 8 bits.
 
-    ``packed`` has exactly the bytes that so many levels take.
+    Args:
+        packed: has exactly the bytes that so many levels take.
+        bits: see there.
+        counts: levels of each run.
     """
     if native.serves(packed):
-        return native.unpack_levels(packed, bits, count)
-    return unpack_levels_by_torch(packed, bits, count)
+        return native.unpack_levels(packed, bits, counts)
+    runs = packed.split([(count * bits + 7) // 8 for count in counts])
+    return torch.cat([unpack_levels_by_torch(run, bits, count) for run, count in zip(runs, counts, strict=True)])
 
 
 def unpack_levels_by_torch(packed: Tensor, bits: int, count: int) -> Tensor:
-    """See :func:`unpack_levels`."""
+    """:func:`unpack_levels` of one run."""
     if bits > 7:
         fields = unpack_fields(packed, torch.full((count,), bits, dtype=torch.int64, device=packed.device))
         return fields.to(torch.uint8) if bits == 8 else fields

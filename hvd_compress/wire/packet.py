@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import all_nonzero
+from ..kernels import none_is
 from .bits import pack_levels, unpack_levels
 from .indices import decode_indices, encode_indices
 from .message import Block, Message, Subset
@@ -122,7 +124,8 @@ def encode(
     indices = indices if indices.dtype == torch.int32 else indices.to(torch.int64)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
     quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
-    levels = [pack_levels(q.levels, q.bits) for q in quantized]
+    alike = groupby(quantized, key=lambda q: (q.bits, q.levels.dtype))
+    levels = [pack_levels([q.levels for q in some], bits) for (bits, _), some in alike]
     floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + table.data, dtype=torch.uint8)
     sections = [front.to(device), unary.to(device), fixed.to(device), *levels, *(f.view(torch.uint8) for f in floats)]
@@ -130,7 +133,7 @@ def encode(
     _seal(data, _MESSAGES, len(kept), round, energy, _OVERFLOW if overflow else 0)
     packet = None
     if table.is_uniform:
-        fused = table.fused(indices, [q.levels for q in quantized], *floats)
+        fused = table.fused(indices, torch.cat([q.levels for q in quantized]) if quantized else None, *floats)
         packet = Packet(round, table.ids, fused, energy, overflow, None, table, floats)
     return Encoded(data, table.shares(unary_bits), table, packet)
 
@@ -202,9 +205,16 @@ def _checksum(data: Bytes) -> int:
 def _without_zeros(messages: Sequence[Message]) -> Iterator[Message]:
     """The messages less the entries that say nothing; full ones become dense."""
     coded = [m.values for m in messages if m.indices is not None and m.rule is None]
-    # One question for all numbers and one for all levels, most often with this answer: on a GPU each waits for it.
-    looked_at = Levels if all_nonzero([v.numbers for v in coded if isinstance(v, Floats)]) else Values
-    masks = [v.nonzero() if isinstance(v, looked_at) else None for v in coded]
+    zeros = [v.zero for v in coded]
+    kinds: defaultdict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
+    for numbers, zero in filter(None, zeros):
+        kinds[numbers.dtype, zero].append(numbers)
+    # One question for all of a kind, and most often there are none: on a GPU each question waits for it.
+    clean = {kind for kind, numbers in kinds.items() if none_is(numbers, kind[1])}
+    masks = [
+        None if zero is None or (zero[0].dtype, zero[1]) in clean else v.nonzero()
+        for v, zero in zip(coded, zeros, strict=True)
+    ]
     counts = iter(_sums([mask for mask in masks if mask is not None]))
     left = iter(masks)
     for m in messages:
@@ -231,14 +241,14 @@ def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], l
     coded = decode_indices(unary, fixed, table.index_rows, table.index_dtype if table.is_uniform else torch.int64)
     sections = _decode_floats(table, rest)
     there = [section for section in sections if section.numel()]
-    packed_levels = levels.split(table.level_bytes)
     if table.is_uniform:
-        unpacked = [] if table.rows[0].kind == FLOATS else [*map(_decode_levels, table.rows, packed_levels)]
+        is_floats = table.rows[0].kind == FLOATS
+        unpacked = None if is_floats else _decode_levels(table.rows[0], levels, table.counts)
         return table.fused(coded, unpacked, sections[table.rows[0].dtype]), there
     indices = iter(coded.split([table.counts[place] for place in table.coded]))
     floats = dict(_shared_out(table, sections))
     messages = []
-    for place, (row, packed) in enumerate(zip(table.rows, packed_levels, strict=True)):
+    for place, (row, packed) in enumerate(zip(table.rows, levels.split(table.level_bytes), strict=True)):
         values = _decode_values(row, packed, floats[place])
         if row.support == DENSE:
             messages.append(Message(row.shape, None, values))
@@ -253,7 +263,7 @@ def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], l
 def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
     if row.kind == FLOATS:
         return Floats(floats)
-    levels = _decode_levels(row, packed)
+    levels = _decode_levels(row, packed, [row.level_count])
     values: Levels
     if row.kind == SYMMETRIC:
         values = Symmetric(levels, floats, row.s, row.bucket)
@@ -264,8 +274,9 @@ def _decode_values(row: Row, packed: Tensor, floats: Tensor) -> Values:
     return values if row.rotation is None else Rotated(values, row.rotation, row.sent)
 
 
-def _decode_levels(row: Row, packed: Tensor) -> Tensor:
-    levels = unpack_levels(packed, row.level_bits, row.level_count)
+def _decode_levels(row: Row, packed: Tensor, counts: Sequence[int]) -> Tensor:
+    """The levels of one message or of several like it, which have so many."""
+    levels = unpack_levels(packed, row.level_bits, counts)
     highest = 2 * row.s if row.kind == SYMMETRIC else row.s
     if highest + 1 < 1 << row.level_bits and len(levels) and int(levels.max()) > highest:
         raise WireError(f"a level lies above the highest, {highest}")

@@ -135,17 +135,17 @@ class Table:
         """The narrower one that suffices: int32 or int64."""
         return torch.int32 if max(self.numels, default=0) <= 1 << 31 else torch.int64
 
-    def fused(self, indices: Tensor, levels: Sequence[Tensor], floats: Tensor) -> Fused:
+    def fused(self, indices: Tensor, levels: Tensor | None, floats: Tensor) -> Fused:
         """The messages, if the table :attr:`is_uniform`.
 
         Args:
             indices: of all of them.
-            levels: of each of them, if their values are levels.
+            levels: of all of them, if their values are levels.
             floats: of all of them.
         """
         values: Floats | SymmetricRuns = Floats(floats)
-        if self.rows[0].kind == SYMMETRIC:
-            values = SymmetricRuns(torch.cat([*levels]), floats, self.counts, self.rows[0].s)
+        if levels is not None:
+            values = SymmetricRuns(levels, floats, self.counts, self.rows[0].s)
         return Fused(self.shapes, self.counts, indices.to(self.index_dtype), values)
 
     @property

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..kernels import hadamard, look_up, random_signs
+from ..kernels import hadamard, look_up, look_up_runs, random_signs
 
 _WORTH_A_TABLE = 1 << 12  # levels: fewer are computed in the time that it takes to make one
 
@@ -37,6 +37,11 @@ class Values(ABC):
     @abstractmethod
     def to(self, device: torch.device) -> Values:
         """The same values on ``device``."""
+
+    @property
+    def zero(self) -> tuple[Tensor, int] | None:
+        """Numbers ``[n]``, and which of them says that a value is zero; None when no value may be left out."""
+        return None
 
     def nonzero(self) -> Tensor | None:
         """Which values are not zero, bool ``[n]``; None when none may be left out."""
@@ -83,6 +88,11 @@ class Floats(Values):
     def to(self, device: torch.device) -> Floats:
         """See :class:`Values`."""
         return Floats(self.numbers.to(device))
+
+    @property
+    def zero(self) -> tuple[Tensor, int]:
+        """See :class:`Values`."""
+        return self.numbers, 0
 
     def nonzero(self) -> Tensor:
         """See :class:`Values`."""
@@ -186,8 +196,13 @@ class Symmetric(Levels):
             return self.meaning(self.levels)
         return look_up(self.parameters * _steps(self.s, self.parameters.dtype, self.parameters.device), self.levels)
 
-    def nonzero(self) -> Tensor | None:
+    @property
+    def zero(self) -> tuple[Tensor, int] | None:
         """See :class:`Values`. In buckets a value's place tells its scale."""
+        return None if self.bucket else (self.levels, self.s)
+
+    def nonzero(self) -> Tensor | None:
+        """See :class:`Values`, and above."""
         if self.bucket:
             return None
         # A scale that is not finite makes every value NaN, which must not be lost.
@@ -224,9 +239,8 @@ class SymmetricRuns:
 
     def decode(self) -> Tensor:
         """See :class:`Values`: the same bits as the vectors' one by one."""
-        steps = look_up(_steps(self.s, self.scales.dtype, self.scales.device), self.levels)
-        counts = torch.tensor(self.counts, dtype=torch.int64, device=self.scales.device)
-        return steps.mul_(self.scales.repeat_interleave(counts, output_size=len(steps)))
+        steps = _steps(self.s, self.scales.dtype, self.scales.device)
+        return look_up_runs(steps, self.levels, self.counts, self.scales)
 
     def split(self, counts: Sequence[int]) -> list[Symmetric]:
         """The vectors, which have ``counts`` values."""

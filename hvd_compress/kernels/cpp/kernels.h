@@ -27,12 +27,8 @@ std::vector<VectorUnit> vector_units();
 template <class Float>
 void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index* indices, Float* values);
 
-// The same of x + y, which is written to a place that is x or does not overlap it, nor y.
-template <class Float>
-void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
-               Index* indices, Float* values);
-
-// The same; what was selected is then taken off the sum. Here and below a Place is 32 or 64 bits wide, with a sign.
+// The same of x + y, off which it is then taken; what is left is written to a place that is x or does not overlap it,
+// nor y. Here and below a Place is 32 or 64 bits wide, with a sign.
 template <class Float, class Place>
 void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
                  Place* indices, Float* values);
@@ -41,8 +37,12 @@ void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, in
 template <class Float>
 bool is_finite(const Float* x, Index n, int threads);
 
-template <class Float>
-bool all_nonzero(const Float* x, Index n);
+template <class Number>
+bool none_is(const Number* x, Index n, Number number);
+
+// The largest magnitude, 0 of nothing; NaN if there is one.
+float largest(const float* x, Index n);
+double largest(const double* x, Index n);
 
 // flat[indices[i]] += alpha * values[i], in order. Throws std::out_of_range before anything is written.
 template <class Float, class Place>
@@ -94,6 +94,11 @@ void choose_by_chance(const Float* x, Index n, const Float* table, Index entries
 // values[i] = table[levels[i]]. Throws std::out_of_range.
 template <class Float, class Level>
 void look_up(const Float* table, Index entries, const Level* levels, Index n, int threads, Float* values);
+
+// The same of several runs of counts[r] levels each, one after the other: times scales[r].
+template <class Float, class Level>
+void look_up_runs(const Float* table, Index entries, const Level* levels, const std::vector<Index>& counts,
+                  const Float* scales, Float* values);
 
 // streams.cpp. One message's place in the index streams; see wire/indices.py.
 struct Row {

@@ -56,10 +56,7 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
 }
 
 template <class Float, class Place>
-using OfASum = void (*)(const Float*, const Float*, Float*, Index, Index, int, VectorUnit, Place*, Float*);
-
-template <class Float, class Place, OfASum<Float, Place> work>
-py::tuple top_k_of_sum(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
+py::tuple split_top_k_of(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
                        VectorUnit unit) {
     require_top_k(flat, k, unit);
     require_vector(other, "other");
@@ -77,7 +74,7 @@ py::tuple top_k_of_sum(const Array<Float>& flat, const Array<Float>& other, Arra
     Float* v = values.mutable_data();
     {
         py::gil_scoped_release released;
-        work(x, y, to, d, k, threads, unit, i, v);
+        split_top_k(x, y, to, d, k, threads, unit, i, v);
     }
     return py::make_tuple(std::move(indices), std::move(values));
 }
@@ -90,10 +87,11 @@ bool is_finite_of(const Array<Float>& flat, int threads) {
     return is_finite(x, n, threads);
 }
 
-template <class Float>
-bool all_nonzero_of(const std::vector<Array<Float>>& vectors) {
+template <class Number>
+bool none_is_of(const std::vector<Array<Number>>& vectors, Number number) {
     py::gil_scoped_release released;
-    return std::all_of(vectors.begin(), vectors.end(), [](const auto& v) { return all_nonzero(v.data(), v.size()); });
+    return std::all_of(vectors.begin(), vectors.end(),
+                       [&](const auto& v) { return none_is(v.data(), v.size(), number); });
 }
 
 template <class Float, class Place>
@@ -241,6 +239,23 @@ py::array round_by_chance_of(const Array<Float>& flat, Float offset, const Array
     });
 }
 
+// The levels, and the largest magnitude.
+template <class Float>
+py::tuple round_to_largest_of(const Array<Float>& flat, std::int32_t s, std::uint64_t seed, int threads) {
+    require_vector(flat, "flat");
+    require(1 <= s && s < 32768, "levels must have up to 16 bits");
+    const Float* x = flat.data();
+    const Index n = flat.size();
+    Array<Float> scale(1);
+    Float* const norm = scale.mutable_data();
+    py::array rounded = levels_by(n, 2 * s, [&](auto* levels) {
+        *norm = largest(x, n);
+        const Float step = *norm / static_cast<Float>(s);
+        round_by_chance(x, n, Float{0}, &step, std::max<Index>(n, 1), -s, s, seed, threads, levels);
+    });
+    return py::make_tuple(std::move(rounded), std::move(scale));
+}
+
 template <class Float>
 py::array choose_by_chance_of(const Array<Float>& flat, const Array<Float>& table, std::uint64_t seed, int threads) {
     require_vector(flat, "flat");
@@ -264,6 +279,36 @@ Array<Float> look_up_of(const Array<Float>& table, const Array<Level>& levels, i
     {
         py::gil_scoped_release released;
         look_up(t, entries, l, n, threads, to);
+    }
+    return values;
+}
+
+// How many elements consecutive runs have together.
+Index sum_of(const std::vector<Index>& counts) {
+    Index sum = 0;
+    for (const Index count : counts) {
+        require(0 <= count && count <= (Index{1} << 56) - sum, "the counts are impossible");
+        sum += count;
+    }
+    return sum;
+}
+
+template <class Float, class Level>
+Array<Float> look_up_runs_of(const Array<Float>& table, const Array<Level>& levels, const std::vector<Index>& counts,
+                             const Array<Float>& scales) {
+    require_vector(table, "table");
+    require_vector(levels, "levels");
+    require_vector(scales, "scales");
+    require(sum_of(counts) == levels.size(), "the counts are not as many as the levels");
+    require(static_cast<Index>(counts.size()) == scales.size(), "there must be a scale for each run");
+    const Float *t = table.data(), *s = scales.data();
+    const Level* l = levels.data();
+    const Index entries = table.size();
+    Array<Float> values(levels.size());
+    Float* to = values.mutable_data();
+    {
+        py::gil_scoped_release released;
+        look_up_runs(t, entries, l, counts, s, to);
     }
     return values;
 }
@@ -332,39 +377,44 @@ void require_bits(int bits, int most) {
     require(1 <= bits && bits <= most, "levels have 1 to " + std::to_string(most) + " bits, not " + std::to_string(bits));
 }
 
+// Of one run, which begins with a byte of its own, as each does.
+Index packed_bytes(Index count, int bits) { return (count * bits + 7) / 8; }
+
 template <class Level>
-Bytes pack_levels_of(const Array<Level>& levels, int bits) {
-    require_vector(levels, "levels");
+Bytes pack_levels_of(const std::vector<Array<Level>>& runs, int bits) {
     require_bits(bits, 16);
-    const Index count = levels.size();
-    Bytes packed((count * bits + 7) / 8);
-    const Level* from = levels.data();
+    Index size = 0;
+    for (const auto& levels : runs) {
+        require_vector(levels, "levels");
+        size += packed_bytes(levels.size(), bits);
+    }
+    Bytes packed(size);
     std::uint8_t* to = packed.mutable_data();
     {
         py::gil_scoped_release released;
-        pack_levels(from, count, bits, to);
+        for (const auto& levels : runs) {
+            pack_levels(levels.data(), levels.size(), bits, to);
+            to += packed_bytes(levels.size(), bits);
+        }
     }
     return packed;
 }
 
-template <class Level>
-py::array unpack_levels_to(const std::uint8_t* from, Index count, int bits) {
-    Array<Level> levels(count);
-    Level* to = levels.mutable_data();
-    {
-        py::gil_scoped_release released;
-        unpack_levels(from, count, bits, to);
-    }
-    return levels;
-}
-
-py::array unpack_levels_of(const Bytes& packed, int bits, Index count) {
+py::array unpack_levels_of(const Bytes& packed, int bits, const std::vector<Index>& counts) {
     require_vector(packed, "packed");
     require_bits(bits, 16);
-    require(0 <= count && count <= packed.size() * 8 && packed.size() == (count * bits + 7) / 8,
-            "the packed bytes are not as many as the levels take");
+    const Index sum = sum_of(counts);
+    Index size = 0;
+    for (const Index count : counts) size += packed_bytes(count, bits);
+    require(packed.size() == size, "the packed bytes are not as many as the levels take");
     const std::uint8_t* from = packed.data();
-    return bits <= 8 ? unpack_levels_to<std::uint8_t>(from, count, bits) : unpack_levels_to<Index>(from, count, bits);
+    return levels_by(sum, (1 << bits) - 1, [&](auto* levels) {
+        for (const Index count : counts) {
+            unpack_levels(from, count, bits, levels);
+            from += packed_bytes(count, bits);
+            levels += count;
+        }
+    });
 }
 
 template <class Float, class Place>
@@ -377,25 +427,25 @@ void bind_sums(py::module_& module) {
                "values"_a.noconvert(), "counts"_a, "divisor"_a);
 }
 
-template <class Float, class Place, OfASum<Float, Place> work>
-void bind_top_k_of_sum(py::module_& module, const char* name) {
-    module.def(name, &top_k_of_sum<Float, Place, work>, "flat"_a.noconvert(), "other"_a.noconvert(),
-               "out"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
+template <class Float, class Place>
+void bind_split(py::module_& module, const char* name) {
+    module.def(name, &split_top_k_of<Float, Place>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
+               "k"_a, "threads"_a, "unit"_a);
 }
 
 template <class Float>
 void bind_floats(py::module_& module) {
     module.def("top_k", &top_k_of<Float>, "flat"_a.noconvert(), "k"_a, "threads"_a, "unit"_a);
-    bind_top_k_of_sum<Float, Index, add_top_k<Float>>(module, "add_top_k");
-    bind_top_k_of_sum<Float, std::int32_t, split_top_k<Float, std::int32_t>>(module, "split_top_k32");
-    bind_top_k_of_sum<Float, std::int64_t, split_top_k<Float, std::int64_t>>(module, "split_top_k64");
+    bind_split<Float, std::int32_t>(module, "split_top_k32");
+    bind_split<Float, std::int64_t>(module, "split_top_k64");
     module.def("is_finite", &is_finite_of<Float>, "flat"_a.noconvert(), "threads"_a);
-    module.def("all_nonzero", &all_nonzero_of<Float>, "vectors"_a.noconvert());
+    module.def("none_is", &none_is_of<Float>, "vectors"_a.noconvert(), "number"_a);
     bind_sums<Float, std::int32_t>(module);
     bind_sums<Float, std::int64_t>(module);
     module.def("hadamard", &hadamard_of<Float>, "flat"_a.noconvert(), "divisor"_a);
     module.def("round_by_chance", &round_by_chance_of<Float>, "flat"_a.noconvert(), "offset"_a, "steps"_a.noconvert(),
                "bucket"_a, "least"_a, "most"_a, "seed"_a, "threads"_a);
+    module.def("round_to_largest", &round_to_largest_of<Float>, "flat"_a.noconvert(), "s"_a, "seed"_a, "threads"_a);
     module.def("choose_by_chance", &choose_by_chance_of<Float>, "flat"_a.noconvert(), "table"_a.noconvert(), "seed"_a,
                "threads"_a);
     module.def("look_up", &look_up_of<Float, std::uint8_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
@@ -403,6 +453,12 @@ void bind_floats(py::module_& module) {
     module.def("look_up", &look_up_of<Float, std::int32_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
                "threads"_a);
     module.def("look_up", &look_up_of<Float, Index>, "table"_a.noconvert(), "levels"_a.noconvert(), "threads"_a);
+    module.def("look_up_runs", &look_up_runs_of<Float, std::uint8_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
+               "counts"_a, "scales"_a.noconvert());
+    module.def("look_up_runs", &look_up_runs_of<Float, std::int32_t>, "table"_a.noconvert(), "levels"_a.noconvert(),
+               "counts"_a, "scales"_a.noconvert());
+    module.def("look_up_runs", &look_up_runs_of<Float, Index>, "table"_a.noconvert(), "levels"_a.noconvert(),
+               "counts"_a, "scales"_a.noconvert());
 }
 
 }  // namespace
@@ -425,8 +481,11 @@ PYBIND11_MODULE(_native, module) {
                "table"_a.noconvert());
     module.def("decode_indices64", &decode_indices_of<std::int64_t>, "unary"_a.noconvert(), "fixed"_a.noconvert(),
                "table"_a.noconvert());
-    module.def("pack_levels", &pack_levels_of<std::uint8_t>, "levels"_a.noconvert(), "bits"_a);
-    module.def("pack_levels", &pack_levels_of<std::int32_t>, "levels"_a.noconvert(), "bits"_a);
-    module.def("pack_levels", &pack_levels_of<Index>, "levels"_a.noconvert(), "bits"_a);
-    module.def("unpack_levels", &unpack_levels_of, "packed"_a.noconvert(), "bits"_a, "count"_a);
+    module.def("none_is", &none_is_of<std::uint8_t>, "vectors"_a.noconvert(), "number"_a);
+    module.def("none_is", &none_is_of<std::int32_t>, "vectors"_a.noconvert(), "number"_a);
+    module.def("none_is", &none_is_of<Index>, "vectors"_a.noconvert(), "number"_a);
+    module.def("pack_levels", &pack_levels_of<std::uint8_t>, "runs"_a.noconvert(), "bits"_a);
+    module.def("pack_levels", &pack_levels_of<std::int32_t>, "runs"_a.noconvert(), "bits"_a);
+    module.def("pack_levels", &pack_levels_of<Index>, "runs"_a.noconvert(), "bits"_a);
+    module.def("unpack_levels", &unpack_levels_of, "packed"_a.noconvert(), "bits"_a, "counts"_a);
 }

@@ -80,6 +80,18 @@ HVD_CLONES void choose_chunk(const double* x, Index n, const double* table, Inde
     choose_some(x, n, table, entries, draws, levels);
 }
 
+template <class Level>
+bool are_below(Index entries, const Level* levels, Index n) {
+    Level highest = 0, lowest = 0;
+    for (Index i = 0; i < n; ++i) highest = std::max(highest, levels[i]);
+    for (Index i = 0; i < n; ++i) lowest = std::min(lowest, levels[i]);
+    return n == 0 || (lowest >= 0 && static_cast<Index>(highest) < entries);
+}
+
+[[noreturn]] void lies_outside(Index entries) {
+    throw std::out_of_range("a level lies outside the table of " + std::to_string(entries));
+}
+
 }  // namespace
 
 template <class Float, class Level>
@@ -114,31 +126,41 @@ template <class Float, class Level>
 void look_up(const Float* table, Index entries, const Level* levels, Index n, int threads, Float* values) {
     std::atomic<bool> is_outside{false};
     in_ranges(n, threads, [&](Index begin, Index end) {
-        Level highest = 0;
-        for (Index i = begin; i < end; ++i) highest = std::max(highest, levels[i]);
-        bool negative = false;
-        if constexpr (std::is_signed_v<Level>) {
-            for (Index i = begin; i < end; ++i) negative |= levels[i] < 0;
-        }
-        if (negative || (begin < end && static_cast<Index>(highest) >= entries)) {
+        if (!are_below(entries, levels + begin, end - begin)) {
             is_outside = true;
             return;
         }
         for (Index i = begin; i < end; ++i) values[i] = table[levels[i]];
     });
-    if (is_outside) throw std::out_of_range("a level lies outside the table of " + std::to_string(entries));
+    if (is_outside) lies_outside(entries);
+}
+
+template <class Float, class Level>
+void look_up_runs(const Float* table, Index entries, const Level* levels, const std::vector<Index>& counts,
+                  const Float* scales, Float* values) {
+    for (const Index count : counts) {
+        if (!are_below(entries, levels, count)) lies_outside(entries);
+        for (Index i = 0; i < count; ++i) values[i] = table[levels[i]] * *scales;
+        levels += count;
+        values += count;
+        ++scales;
+    }
 }
 
 #define HVD_INSTANTIATE(Float, Level)                                                                               \
     template void round_by_chance(const Float*, Index, Float, const Float*, Index, std::int32_t, std::int32_t,       \
                                   std::uint64_t, int, Level*);                                                      \
     template void choose_by_chance(const Float*, Index, const Float*, Index, std::uint64_t, int, Level*);            \
-    template void look_up(const Float*, Index, const Level*, Index, int, Float*);
+    template void look_up(const Float*, Index, const Level*, Index, int, Float*);                                     \
+    template void look_up_runs(const Float*, Index, const Level*, const std::vector<Index>&, const Float*, Float*);
 HVD_INSTANTIATE(float, std::uint8_t)
 HVD_INSTANTIATE(float, Index)
 HVD_INSTANTIATE(double, std::uint8_t)
 HVD_INSTANTIATE(double, Index)
-template void look_up(const float*, Index, const std::int32_t*, Index, int, float*);
-template void look_up(const double*, Index, const std::int32_t*, Index, int, double*);
+#define HVD_INSTANTIATE_FOR_32_BITS(Float)                                                  \
+    template void look_up(const Float*, Index, const std::int32_t*, Index, int, Float*);     \
+    template void look_up_runs(const Float*, Index, const std::int32_t*, const std::vector<Index>&, const Float*, Float*);
+HVD_INSTANTIATE_FOR_32_BITS(float)
+HVD_INSTANTIATE_FOR_32_BITS(double)
 
 }  // namespace hvd

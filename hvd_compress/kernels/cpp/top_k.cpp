@@ -122,7 +122,7 @@ __attribute__((target("avx2,popcnt,bmi"))) Index collect_avx2(Vector<Word32, add
     for (; i + 64 <= end; i += 64) {
         Word64 found = 0;
         for (int j = 0; j < 64; j += 8) {
-            from.prefetch(i + j);
+            if (j % 16 == 0) from.prefetch(i + j);  // a cache line
             __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.x + i + j));
             if constexpr (adds) {
                 const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from.y + i + j));
@@ -380,15 +380,6 @@ void top_k_of(Vector<Word, adds> vector, Index d, Index k, int threads, VectorUn
     }
 }
 
-template <class Float, class Place>
-void top_k_of_sum(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
-                  Place* indices, Float* values) {
-    using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
-    const Vector<Word, true> vector{reinterpret_cast<const Word*>(x), reinterpret_cast<const Word*>(y),
-                                    reinterpret_cast<Word*>(to)};
-    top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
-}
-
 }  // namespace
 
 template <class Float>
@@ -398,23 +389,18 @@ void top_k(const Float* x, Index d, Index k, int threads, VectorUnit unit, Index
     top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
 }
 
-template <class Float>
-void add_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
-               Index* indices, Float* values) {
-    top_k_of_sum(x, y, to, d, k, threads, unit, indices, values);
-}
-
 template <class Float, class Place>
 void split_top_k(const Float* x, const Float* y, Float* to, Index d, Index k, int threads, VectorUnit unit,
                  Place* indices, Float* values) {
-    top_k_of_sum(x, y, to, d, k, threads, unit, indices, values);
+    using Word = std::conditional_t<sizeof(Float) == 4, Word32, Word64>;
+    const Vector<Word, true> vector{reinterpret_cast<const Word*>(x), reinterpret_cast<const Word*>(y),
+                                    reinterpret_cast<Word*>(to)};
+    top_k_of(vector, d, k, threads, unit, indices, reinterpret_cast<Word*>(values));
     add_at(to, d, indices, values, k, Float{-1});
 }
 
 template void top_k(const float*, Index, Index, int, VectorUnit, Index*, float*);
 template void top_k(const double*, Index, Index, int, VectorUnit, Index*, double*);
-template void add_top_k(const float*, const float*, float*, Index, Index, int, VectorUnit, Index*, float*);
-template void add_top_k(const double*, const double*, double*, Index, Index, int, VectorUnit, Index*, double*);
 
 #define HVD_INSTANTIATE(Float, Place)                                                                       \
     template void split_top_k(const Float*, const Float*, Float*, Index, Index, int, VectorUnit, Place*, Float*);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -65,8 +66,20 @@ void write_out(const Float* from, Index n, Float* to, bool is_large) {
     std::memcpy(target + head + body, source + head + body, bytes - head - body);
 }
 
+template <class Number>
+using WordOf = std::conditional_t<sizeof(Number) == 1, std::uint8_t,
+                                  std::conditional_t<sizeof(Number) == 4, std::uint32_t, std::uint64_t>>;
+
 template <class Float>
-using WordOf = std::conditional_t<sizeof(Float) == 4, std::uint32_t, std::uint64_t>;
+[[gnu::always_inline]] inline Float largest_of(const Float* x, Index n) {
+    using Word = std::make_signed_t<WordOf<Float>>;  // without its sign bit, a float's bits have its order
+    const Word* words = reinterpret_cast<const Word*>(x);
+    Word most = 0;
+    for (Index i = 0; i < n; ++i) most = std::max<Word>(most, words[i] & std::numeric_limits<Word>::max());
+    Float result;
+    std::memcpy(&result, &most, sizeof result);
+    return result;
+}
 
 }  // namespace
 
@@ -88,12 +101,15 @@ bool is_finite(const Float* x, Index n, int threads) {
     return finite;
 }
 
-template <class Float>
-bool all_nonzero(const Float* x, Index n) {
-    WordOf<Float> found = 0;  // of the elements' width, so that the compiler makes vectors of both
-    for (Index i = 0; i < n; ++i) found |= x[i] == 0;
+template <class Number>
+bool none_is(const Number* x, Index n, Number number) {
+    WordOf<Number> found = 0;  // of the elements' width, so that the compiler makes vectors of both
+    for (Index i = 0; i < n; ++i) found |= x[i] == number;
     return !found;
 }
+
+HVD_CLONES float largest(const float* x, Index n) { return largest_of(x, n); }
+HVD_CLONES double largest(const double* x, Index n) { return largest_of(x, n); }
 
 template <class Float, class Place>
 void add_at(Float* flat, Index n, const Place* indices, const Float* values, Index count, Float alpha) {
@@ -188,8 +204,11 @@ void subtract_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& pa
 
 template bool is_finite(const float*, Index, int);
 template bool is_finite(const double*, Index, int);
-template bool all_nonzero(const float*, Index);
-template bool all_nonzero(const double*, Index);
+template bool none_is(const float*, Index, float);
+template bool none_is(const double*, Index, double);
+template bool none_is(const std::uint8_t*, Index, std::uint8_t);
+template bool none_is(const std::int32_t*, Index, std::int32_t);
+template bool none_is(const Index*, Index, Index);
 
 #define HVD_INSTANTIATE(Float, Place)                                                               \
     template void add_at(Float*, Index, const Place*, const Float*, Index, Float);                  \
