@@ -13,8 +13,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import horovod.torch.optimizer as hvd_optimizer
 import torch
@@ -32,16 +31,14 @@ from .settings import Settings
 _use_count = getattr(torch._C, "_storage_Use_Count", None)  # before torch 2.9, only builds with CUDA have it
 
 
-@dataclass(frozen=True)
-class _Dense:
+class _Dense(NamedTuple):
     """Context of a gradient that went through Horovod itself."""
 
     name: str
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class _Ticket:
+class _Ticket(NamedTuple):
     """Context of a gradient whose message is on its way."""
 
     name: str

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 
 
@@ -72,15 +70,9 @@ class Ledger:
             total.add(part)
         return total
 
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count the time that the block takes as that of ``what``, without what is counted within it."""
-        start, before = time.perf_counter(), sum(self.seconds.values())
-        try:
-            yield
-        finally:
-            within = sum(self.seconds.values()) - before
-            self.seconds[what] += time.perf_counter() - start - within
+    def timed(self, what: str) -> _Timed:
+        """A context: the time that it takes is counted as that of ``what``, without what is counted within it."""
+        return _Timed(self.seconds, what)
 
     def take(self, other: Ledger) -> None:
         """Count what ``other`` has counted, which then starts again from zero."""
@@ -113,3 +105,21 @@ class Ledger:
         self.tensors.update((name, Traffic(**counts)) for name, counts in state["tensors"].items())
         self.shared = Traffic(**state["shared"])
         self.exchanges = state["exchanges"]
+
+
+class _Timed:
+    """No generator, since it is entered for each tensor of each step."""
+
+    __slots__ = ("_before", "_seconds", "_start", "_what")
+
+    def __init__(self, seconds: dict[str, float], what: str) -> None:
+        self._seconds = seconds
+        self._what = what
+
+    def __enter__(self) -> None:
+        self._before = sum(self._seconds.values())
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        within = sum(self._seconds.values()) - self._before
+        self._seconds[self._what] += time.perf_counter() - self._start - within

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import horovod.torch as hvd
 import torch
@@ -30,8 +29,7 @@ ALIKE, AFTER = -1, -2  # in place of a rank: draws that are the same on all, bef
 Overflow = list[tuple[int, str]]  # rank and name of what holds inf or NaN
 
 
-@dataclass(frozen=True)
-class Pending:
+class Pending(NamedTuple):
     """A tensor on its way."""
 
     flat: Tensor  # its elements, whose storage the memory may take
@@ -98,7 +96,8 @@ class Sender(Member):
         """
         try:
             with self._ledger.timed("compress"):
-                self._rollback({name: self._pending.pop(name)} if name in self._pending else {})
+                if name in self._pending:
+                    self._rollback({name: self._pending.pop(name)})
                 self._pending[name], self._messages[name] = self._compress(name, tensor, into)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
