@@ -80,6 +80,8 @@ def main() -> None:
     args = parse_arguments()
     os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "8192")  # several models' tensors: Horovod warns of less
     hvd.init()
+    if hvd.size() < 2:
+        raise SystemExit("a single rank exchanges nothing: start it with mpirun -np 2 or more")
     torch.set_num_threads(args.threads)
     generator = torch.Generator().manual_seed(hvd.rank())
     source = [torch.randn(shape, generator=generator) for shape in MODELS[args.model]()]
