@@ -79,8 +79,8 @@ void random_signs(std::uint64_t seed, Index n, int threads, std::int8_t* signs);
 void hadamard(const float* x, Index n, float divisor, float* y);
 void hadamard(const double* x, Index n, double divisor, double* y);
 
-// rounding.cpp. levels[i] is how many steps x[i] lies above the offset, cut at least and most, rounded to one of the two nearest whole
-// numbers by draw i, less `least`. Each `bucket` (1 or more) elements share one of the steps.
+// rounding.cpp. levels[i] is how many steps x[i] lies above the offset, cut at least and most, rounded to one of the two
+// nearest whole numbers by draw i, less `least`. Each `bucket` (1 or more) elements share one of the steps.
 template <class Float, class Level>
 void round_by_chance(const Float* x, Index n, Float offset, const Float* steps, Index bucket, std::int32_t least,
                      std::int32_t most, std::uint64_t seed, int threads, Level* levels);

@@ -57,7 +57,7 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
 
 template <class Float, class Place>
 py::tuple split_top_k_of(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
-                       VectorUnit unit) {
+                         VectorUnit unit) {
     require_top_k(flat, k, unit);
     require_vector(other, "other");
     require_vector(out, "out");

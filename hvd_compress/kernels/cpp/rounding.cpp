@@ -1,4 +1,4 @@
-// Random rounding, in chunks that stay in the cache: draws, then levels. Plain loops, which the compiler makes vectors of.
+// Random rounding, in chunks that stay in the cache: draws, then levels. Plain loops, of which the compiler makes vectors.
 
 #include <algorithm>
 #include <atomic>
@@ -157,9 +157,10 @@ HVD_INSTANTIATE(float, std::uint8_t)
 HVD_INSTANTIATE(float, Index)
 HVD_INSTANTIATE(double, std::uint8_t)
 HVD_INSTANTIATE(double, Index)
-#define HVD_INSTANTIATE_FOR_32_BITS(Float)                                                  \
-    template void look_up(const Float*, Index, const std::int32_t*, Index, int, Float*);     \
-    template void look_up_runs(const Float*, Index, const std::int32_t*, const std::vector<Index>&, const Float*, Float*);
+#define HVD_INSTANTIATE_FOR_32_BITS(Float)                                                                \
+    template void look_up(const Float*, Index, const std::int32_t*, Index, int, Float*);                   \
+    template void look_up_runs(const Float*, Index, const std::int32_t*, const std::vector<Index>&, const Float*, \
+                               Float*);
 HVD_INSTANTIATE_FOR_32_BITS(float)
 HVD_INSTANTIATE_FOR_32_BITS(double)
 

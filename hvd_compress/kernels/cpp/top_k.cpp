@@ -1,7 +1,7 @@
 // One pass over memory: a small sample suggests a threshold, what reaches it is collected, and the exact selection runs
-// among the collected, by counting how many reach this or that. Should they become too many, all but the k best so far are dropped and the threshold rises to
-// the k-th of them, so that no input takes much longer than another. Should they be fewer than k, the pass is repeated
-// without a threshold.
+// among the collected, by counting how many reach this or that. Should they become too many, all but the k best so far
+// are dropped and the threshold rises to the k-th of them, so that no input takes much longer than another. Should they
+// be fewer than k, the pass is repeated without a threshold.
 //
 // Magnitudes are compared as integers: without its sign bit, the bits of an IEEE float have the float's order. NaN lies
 // above infinity there and is brought down to it.
@@ -34,7 +34,7 @@ Word magnitude(Word bits) {
 
 constexpr Index kBlock = 4096;  // elements between two looks at how many were collected
 constexpr Index kOverrun = 16;  // a vector store writes so far beyond what it keeps
-constexpr Index kAhead = 512;   // elements that are asked for in advance: a processor does so itself, but only within a page
+constexpr Index kAhead = 512;   // elements that are asked for in advance: a processor itself does so within a page only
 
 // What is selected from: x, or the sum of x and y, which is written to another place, that of x perhaps, as it is made.
 template <class Word, bool adds>
