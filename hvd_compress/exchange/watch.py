@@ -184,14 +184,14 @@ class _Watcher:
             if what is None:
                 continue
             if status.Get_tag() == _ASK:
-                self._send(rank, _TELL, self._place())
+                self._send(rank, _TELL, self._place(_stack()))
                 if rank < self._rank:
                     self._quiet_until = time.monotonic() + 2 * _ANSWER_SECONDS  # it will say it for both
             elif status.Get_tag() == _TELL:
                 self._told[rank] = what
             else:
                 self._gone[rank] = {**what, "at": time.monotonic()}
-                self._send(rank, _TELL, self._place())
+                self._send(rank, _TELL, self._place(_stack()))
 
     def _look(self, now: float) -> None:
         since, done = self.since, self.done
@@ -231,9 +231,9 @@ class _Watcher:
         if call != self._call:
             self._call, self._called = call, now
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self, stack: str = "") -> dict[str, Any]:
         stuck = 0.0 if self._call is None else time.monotonic() - self._called
-        return {"done": self.done, "waits": self.since is not None, "stuck": stuck, "stack": _stack()}
+        return {"done": self.done, "waits": self.since is not None, "stuck": stuck, "stack": stack}
 
     def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
         missing = sorted([*absent, *silent])
