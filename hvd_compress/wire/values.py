@@ -45,7 +45,7 @@ class Values(ABC):
 
     def nonzero(self) -> Tensor | None:
         """Which values are not zero, bool ``[n]``; None when none may be left out."""
-        return None
+        return None if self.zero is None else self.zero[0] != self.zero[1]
 
     def select(self, chosen: Tensor) -> Values:
         """Those where ``chosen`` is true; only after :meth:`nonzero` has returned something."""
@@ -93,10 +93,6 @@ class Floats(Values):
     def zero(self) -> tuple[Tensor, int]:
         """See :class:`Values`."""
         return self.numbers, 0
-
-    def nonzero(self) -> Tensor:
-        """See :class:`Values`."""
-        return self.numbers != 0
 
     def select(self, chosen: Tensor) -> Floats:
         """See :class:`Values`."""
@@ -202,11 +198,10 @@ class Symmetric(Levels):
         return None if self.bucket else (self.levels, self.s)
 
     def nonzero(self) -> Tensor | None:
-        """See :class:`Values`, and above."""
-        if self.bucket:
-            return None
+        """See :class:`Values`."""
+        chosen = super().nonzero()
         # A scale that is not finite makes every value NaN, which must not be lost.
-        return (self.levels != self.s) | ~torch.isfinite(self.parameters)
+        return None if chosen is None else chosen | ~torch.isfinite(self.parameters)
 
     def select(self, chosen: Tensor) -> Symmetric:
         """See :class:`Values`."""
