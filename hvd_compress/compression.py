@@ -421,8 +421,8 @@ class Compression(hvd.Compression):
                 ``"reduce_scatter"``: each rank sums a part of all elements, and what a rank receives does not grow
                 with the number of ranks. ``"auto"``: measures once, and chooses among these. See docs/scale.md for
                 which one suits which cluster.
-            nodes: on which node each of Horovod's ranks is, for the exchanges that make use of it: a number for each
-                rank, equal for those that share a node. MPI knows, so this is for tests, or to divide large nodes.
+            nodes: on which node each of Horovod's ranks is: a number for each rank, equal for those that share a
+                node. MPI knows, so this is for tests, or to divide large nodes.
             node_process_set: of the ranks on this rank's node, :func:`hvd_compress.node_process_set`. Within nodes
                 Horovod then sums, on GPUs by NCCL if it has that; else MPI does, through host memory.
             reselect: with ``"reduce_scatter"``, how many elements the sum may have, as a multiple of what one rank

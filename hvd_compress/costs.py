@@ -1,17 +1,14 @@
 """What an exchange costs, in closed form: an α–β model of links, and time by element and by packet for the processor.
 
-All ranks of a node share one network card, full duplex; within the node each rank copies at the node's bandwidth. The
-volumes are those of the algorithms that Open MPI uses: pairwise messages for alltoall, neighbour exchange, Bruck's
-algorithm or a ring, by the number of ranks, for allgather, and a ring for a dense allreduce.
+All ranks of a node share one network card, full duplex; within the node each rank copies at the node's bandwidth.
+Messages for alltoall go from rank to rank; an allgather brings each to each other node once, where it is passed on
+(:class:`hvd_compress.exchange.Exchange`); a dense allreduce is a ring.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-
-NEIGHBOURS_BELOW, BRUCK_BELOW = 8, 16
-"""Ranks below which Open MPI gathers large buffers by neighbour exchange and by Bruck's algorithm; else in a ring."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,9 @@ class Cost:
 
 def allgather(cluster: Cluster, work: Work) -> Cost:
     """Every rank receives every other rank's message."""
-    ranks = cluster.ranks
-    volume, latency = _gather(cluster, work.message)
-    seconds = _on(cluster, volume, latency)
-    return Cost(volume, 0.0, work.elements * work.select + work.pack + seconds + ranks * work.open)
+    between, within, seconds = _gather(cluster, work.message)
+    computing = work.elements * work.select + work.pack + cluster.ranks * work.open
+    return Cost(between, within, computing + seconds)
 
 
 def hierarchical(cluster: Cluster, work: Work) -> Cost:
@@ -89,13 +85,15 @@ def hierarchical(cluster: Cluster, work: Work) -> Cost:
 
 def reduce_scatter(cluster: Cluster, work: Work) -> Cost:
     """Each rank sums a region; the sum has ``union`` times as many elements as a message."""
-    ranks, remote = cluster.ranks, cluster.ranks - cluster.ranks_per_node
-    scattered = cluster.ranks_per_node * work.message * remote / ranks
-    gathered, latency = _gather(cluster, work.message * work.union / ranks)
-    rounds = 2 * math.log2(max(ranks, 2)) * cluster.between.latency + (ranks - 1) * cluster.between.latency / 4
-    seconds = _on(cluster, scattered + gathered, rounds + latency)
+    ranks, local = cluster.ranks, cluster.ranks_per_node
+    scattered, kept = local * work.message * (ranks - local) / ranks, work.message * (local - 1) / ranks
+    gathered, passed_on, seconds = _gather(cluster, work.message * work.union / ranks)
+    if cluster.nodes > 1:
+        rounds = 2 * math.log2(ranks) + (ranks - 1) / 4
+        seconds += scattered / cluster.between.bandwidth + rounds * cluster.between.latency
+    seconds += kept / cluster.within.bandwidth
     packing = work.pack * (1 + work.union / ranks) + work.open * (1 + work.union) + 2 * ranks * work.packet
-    return Cost(scattered + gathered, 0.0, work.elements * work.select + packing + seconds)
+    return Cost(scattered + gathered, kept + passed_on, work.elements * work.select + packing + seconds)
 
 
 def dense(cluster: Cluster, work: Work, itemsize: float = 4) -> Cost:
@@ -111,23 +109,10 @@ def dense(cluster: Cluster, work: Work, itemsize: float = 4) -> Cost:
 EXCHANGES = {"allgather": allgather, "hierarchical": hierarchical, "reduce_scatter": reduce_scatter}
 
 
-def _on(cluster: Cluster, volume: float, latency: float) -> float:
-    return volume / cluster.between.bandwidth + latency if cluster.nodes > 1 else 0.0
-
-
-def _gather(cluster: Cluster, buffer: float) -> tuple[float, float]:
-    """Bytes that a node's card sends in an allgather of ``buffer`` bytes from each rank, and its latency."""
-    ranks, local = cluster.ranks, cluster.ranks_per_node
-    if cluster.nodes == 1:
-        return 0.0, 0.0
-    if ranks < NEIGHBOURS_BELOW and local % 2 == 0:
-        # A rank exchanges two blocks with its left and its right neighbour in turn; every other time it is local.
-        return 4 * math.ceil((ranks // 2 - 1) / 2) * buffer, ranks / 2 * cluster.between.latency
-    if ranks < NEIGHBOURS_BELOW or ranks >= BRUCK_BELOW:
-        return (ranks - 1) * buffer, (ranks - 1) * cluster.between.latency
-    volume, distance = 0.0, 1
-    while distance < ranks:
-        blocks = min(distance, ranks - distance)
-        volume += min(distance, local) * blocks * buffer
-        distance *= 2
-    return volume, math.ceil(math.log2(ranks)) * cluster.between.latency
+def _gather(cluster: Cluster, buffer: float) -> tuple[float, float, float]:
+    """Of an allgather of ``buffer`` bytes from each rank: see :class:`Cost`."""
+    others, neighbours = cluster.nodes - 1, cluster.ranks_per_node - 1
+    between = cluster.ranks_per_node * others * buffer
+    within = neighbours * cluster.nodes * buffer
+    latency = others * cluster.between.latency + neighbours * cluster.within.latency
+    return between, within, between / cluster.between.bandwidth + within / cluster.within.bandwidth + latency

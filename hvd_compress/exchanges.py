@@ -30,15 +30,15 @@ def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], le
     }
 
     buckets = list(in_buckets(shapes, settings.bucket_cap_mb))
-    nodes: dict[str, Any] = {"nodes": settings.nodes, "node_process_set": settings.node_process_set}
+    nodes, within = settings.nodes, settings.node_process_set
 
     def make(exchange: str) -> Reducer | HierarchicalReducer | ScatteredReducer:
         if exchange == "hierarchical":
-            return HierarchicalReducer(shapes, **options, **nodes, buckets=buckets)
+            return HierarchicalReducer(shapes, **options, nodes=nodes, node_process_set=within, buckets=buckets)
         if exchange == "reduce_scatter":
-            return ScatteredReducer(shapes, **options, reselect=settings.reselect)
-        return Reducer(shapes, **options, buckets=buckets)
+            return ScatteredReducer(shapes, **options, nodes=nodes, reselect=settings.reselect)
+        return Reducer(shapes, **options, nodes=nodes, buckets=buckets)
 
     if settings.exchange == "auto":
-        return AutoReducer(make, shapes, **options, **nodes, reselect=settings.reselect)
+        return AutoReducer(make, shapes, **options, nodes=nodes, node_process_set=within, reselect=settings.reselect)
     return make(settings.exchange)

@@ -142,7 +142,7 @@ class HierarchicalReducer(Member):
         group, together = private.Get_group(), self._topology.nodes[node]
         self._node, sent = node_of(private, self._topology, ranks, self._node_process_set)
         self._ledger.shared.mpi += sent
-        self._status = Exchange(private.Create_group(group.Incl(together)))
+        self._status = Exchange(private.Create_group(group.Incl(together)), [node] * len(together))
         self._called = [ranks[place] for place in together]
         if local < self._topology.shards:
             owners = [others[local] for others in self._topology.nodes]

@@ -39,6 +39,7 @@ class HorovodExchange:
         self.name = "hvd_compress"  # that Horovod tells this exchange from others by
         # State
         self.sent = 0  # bytes of all tensors handed to Horovod so far
+        self.within = 0  # none of them are known to stay within a node
 
     def allgatherv(self, buffer: Bytes, place: int = 0) -> list[Bytes]:
         """Every rank's ``buffer`` in rank order, this rank's own among them. Collective.

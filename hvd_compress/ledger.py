@@ -14,7 +14,7 @@ class Traffic:
     mpi: int = 0  # in send buffers given to mpi4py
     horovod: int = 0  # in tensors given to Horovod: small dense ones, sparse ones, and one ticket per message
     dense: int = 0  # what plain Horovod would have been given: all elements, in the gradient's dtype, every step
-    node: int = 0  # in buffers given to either for ranks of this rank's node only, by a hierarchical exchange
+    node: int = 0  # in buffers given to either for ranks of this rank's node only: sums, and what is passed on there
 
     def __str__(self) -> str:
         if not (self.sent or self.node):

@@ -50,6 +50,7 @@ class _Arrived:
 
     shares: list[int]  # bytes that each of this rank's messages took
     sent: int  # bytes handed to MPI
+    within: int  # bytes handed on within the node
     packets: list[wire.Packet]  # of all ranks; fewer if there is an error
     error: Exception | None
 
@@ -78,12 +79,21 @@ class Reducer(Sender):
     Args:
         shapes: see :class:`Sender`, as for the other arguments.
         buckets: names of the tensors that travel together, in the order in which buckets depart; all of ``shapes``.
+        nodes: a number for each rank's node (Horovod's rank is the place in it); None to ask MPI.
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], *, buckets: Sequence[Sequence[str]], **options: Any) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        buckets: Sequence[Sequence[str]],
+        nodes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(shapes, **options)
         # Configuration
         self._buckets = buckets
+        self._nodes = nodes
         # State
         self._exchange: Exchange | HorovodExchange | None = None
         self._watch: Watch | None = None
@@ -112,6 +122,7 @@ class Reducer(Sender):
         Raises:
             RankMismatchError: on every rank, when ranks differ or do not come, or when a rank has loaded the state of
                 another rank or of another number of ranks.
+            ValueError: ``nodes`` does not speak of all ranks.
         """
         if isinstance(link, hvd.ProcessSet):
             self._exchange = self._meet_through_horovod(link, ranks, self._expects(expects))
@@ -133,14 +144,17 @@ class Reducer(Sender):
         Returns:
             A communicator of ``ranks`` alone.
         """
-        from .exchange import Exchange
+        from .exchange import Exchange, labels_of
 
+        labels = labels_of(self._nodes, ranks)
         private = self._meet(communicator, ranks, self._expects(expects), timeout)
-        self._exchange, self._called = Exchange(private), called
+        self._exchange, self._called = Exchange(private, labels), called
+        self._ledger.shared.mpi += self._exchange.sent
         return private
 
     def _expects(self, more: str) -> str:
-        return f"{self._round} exchanges so far\n{len(self._buckets)} buckets\n{more}"
+        found_by = "MPI" if self._nodes is None else f"nodes={tuple(self._nodes)}"
+        return f"{self._round} exchanges so far\n{len(self._buckets)} buckets\nnodes found by {found_by}\n{more}"
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""
@@ -319,6 +333,7 @@ class Reducer(Sender):
             for name, share in zip(bucket.names, arrival.shares, strict=False):
                 self._ledger.tensors[name].count(library, share)
             self._ledger.shared.count(library, arrival.sent - sum(arrival.shares))
+            self._ledger.shared.node += arrival.within
         self._ledger.exchanges += 1
         for error in (failure, *(arrival.error for arrival in arrived)):
             if error is not None:
@@ -363,7 +378,7 @@ def _travel(
     exchange: Exchange | HorovodExchange, place: int, own: wire.Packet, device: torch.device, called: Sequence[int]
 ) -> _Arrived:
     """Send this rank's packet, and receive everyone's. In the exchange's thread."""
-    sent_before = exchange.sent
+    sent_before, within_before = exchange.sent, exchange.within
     shares: list[int] = []
     packets: list[wire.Packet] = []
     error: Exception | None = None
@@ -385,7 +400,7 @@ def _travel(
             packets.append(_open(called[rank], data, device, encoded, is_own=rank == exchange.rank))
     except (WireError, OverflowError) as caught:  # what else goes wrong does so on this rank alone
         error = error or caught
-    return _Arrived(shares, exchange.sent - sent_before, packets, error)
+    return _Arrived(shares, exchange.sent - sent_before, exchange.within - within_before, packets, error)
 
 
 def _story(error: Exception) -> str:

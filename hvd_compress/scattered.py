@@ -55,6 +55,7 @@ class ScatteredReducer(Sender):
             such that they can be divided: sparse, or floats.
         reselect: how many elements the sum may have, as a multiple of what one rank sends on average; infinite for
             all of them. Memories that take nothing back make it infinite.
+        nodes: see :class:`hvd_compress.reducer.Reducer`.
     """
 
     def __init__(
@@ -67,10 +68,12 @@ class ScatteredReducer(Sender):
         seed: int,
         ledger: Ledger,
         reselect: float = 1.0,
+        nodes: Sequence[int] | None = None,
     ) -> None:
         super().__init__(shapes, operator=operator, memory=memory, dense_below=dense_below, seed=seed, ledger=ledger)
         # Configuration
         self._reselect = reselect if memory.takes_back else math.inf
+        self._nodes = nodes
         # State
         self._exchange: Scatter | None = None
         self._watch: Watch | None = None
@@ -87,13 +90,20 @@ class ScatteredReducer(Sender):
         Raises:
             RankMismatchError: see there.
             RuntimeError: Horovod runs without MPI.
+            ValueError: ``nodes`` does not speak of all ranks.
         """
         communicator = through_mpi(link, "reduce_scatter")
-        from .exchange import Scatter, Watch
+        from .exchange import Scatter, Watch, labels_of
 
-        expects = f"exchange reduce_scatter, reselect={self._reselect}\n{self._round} exchanges so far\n{expects}"
+        labels = labels_of(self._nodes, ranks)
+        found_by = "MPI" if self._nodes is None else f"nodes={tuple(self._nodes)}"
+        expects = (
+            f"exchange reduce_scatter, reselect={self._reselect}, nodes found by {found_by}\n"
+            f"{self._round} exchanges so far\n{expects}"
+        )
         private = self._meet(communicator, ranks, expects, timeout)
-        self._exchange, self._watch, self._called = Scatter(private), Watch(private, timeout), ranks
+        self._exchange, self._watch, self._called = Scatter(private, labels), Watch(private, timeout), ranks
+        self._ledger.shared.mpi += self._exchange.sent
 
     def leave(self) -> None:
         """Forget the other ranks; see :meth:`hvd_compress.reducer.Reducer.leave`."""
@@ -128,7 +138,7 @@ class ScatteredReducer(Sender):
     def _reduce(self, step: int, divisor: float, overflow_elsewhere: bool) -> Reduced:
         assert self._exchange is not None
         pending, messages, failure = self._take()
-        sent_before = self._exchange.sent
+        sent_before, within_before = self._exchange.sent, self._exchange.within
         try:
             try:
                 proposal = self._proposal(*(({}, {}) if failure else (pending, messages)))
@@ -147,6 +157,7 @@ class ScatteredReducer(Sender):
         finally:
             self._ledger.exchanges += 1
             self._ledger.shared.mpi += self._exchange.sent - sent_before
+            self._ledger.shared.node += self._exchange.within - within_before
         with self._alone():
             self._round += 1
             self._schedule.advance(sum(p.energy for p in packets) / len(packets), kept)

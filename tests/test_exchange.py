@@ -43,14 +43,13 @@ def wrap(model: torch.nn.Module, compression: Any) -> Any:
 # Buffers
 
 
-def unequal_buffers(cards_are_shared: bool) -> None:
+def unequal_buffers(nodes: list[int] | None) -> None:
     from mpi4py import MPI
 
     from hvd_compress.exchange import Exchange
 
-    exchange = Exchange(MPI.COMM_WORLD.Dup())
-    exchange._cards_are_shared = cards_are_shared  # or not: the same by other collectives
-    sent = 0
+    exchange = Exchange(MPI.COMM_WORLD.Dup(), nodes)
+    sent = exchange.sent
     last, spread, expected = [-1, -1], [0, 0], [0, 0]  # by place
     for round in range(40):
         place = round % 2
@@ -75,13 +74,15 @@ def one_collective_when_lengths_stay() -> None:
 
     counting = Counting(MPI.COMM_WORLD.Dup())
     exchange = Exchange(counting)  # type: ignore[arg-type]
+    before = exchange.sent
     for round in range(6):
         data = np.full(10_000 + 3 * round, round, np.uint8)  # a little longer each time
         for rank, received in enumerate(exchange.allgatherv(data)):
             assert np.array_equal(received, data), rank
         # The first time nothing is known of lengths, the second time nothing of how they change.
         assert counting.calls["Iallgatherv"] == [2, 4, 5, 6, 7, 8][round]
-    assert exchange.sent == 6 * 8 + sum(10_000 + 3 * round for round in range(6)) + 4 * 3  # two changes, less one
+    # Two changes, less one.
+    assert exchange.sent - before == 6 * 8 + sum(10_000 + 3 * round for round in range(6)) + 4 * 3
     data = np.zeros(20_000, np.uint8) if exchange.rank == 0 else data
     lengths = [len(received) for received in exchange.allgatherv(data)]
     assert lengths == [20_000] + [10_015] * (exchange.size - 1)
@@ -119,9 +120,22 @@ def test_lengths_take_no_round_trip_of_their_own(world: World) -> None:
 
 
 @pytest.mark.ranks(1, 2, 3, 4)
-@pytest.mark.parametrize("cards_are_shared", [False, True])
-def test_buffers_of_unequal_and_zero_length(world: World, cards_are_shared: bool) -> None:
-    world.run(unequal_buffers, cards_are_shared)
+def test_buffers_of_unequal_and_zero_length(world: World) -> None:
+    world.run(unequal_buffers, None)
+
+
+@pytest.mark.ranks(5)
+def test_the_same_on_nodes_with_two_and_three_ranks(world: World) -> None:
+    world.run(unequal_buffers, [0, 1, 0, 1, 0])
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize(
+    "nodes",
+    [[0, 0, 1, 1], [0, 1, 1, 0], [1, 0, 1, 1], [0, 0, 0, 1], [0, 0, 1, 2], [2, 1, 1, 0], [3, 1, 2, 0], [0] * 4],
+)
+def test_the_same_on_nodes_with_several_ranks(world: World, nodes: list[int]) -> None:
+    world.run(unequal_buffers, nodes)
 
 
 # The ledger tells the truth

@@ -261,6 +261,35 @@ def test_replicas_are_identical(world: World, dtype: torch.dtype) -> None:
     world.run(stays_identical, dtype, "reduce_scatter", None)
 
 
+# Messages that are passed on within nodes
+
+
+def goes_another_way(path: str, exchange: str, nodes: Sequence[int]) -> tuple[int, int]:
+    """To the same bits, and at the same number of them between nodes. Returns the bytes within nodes."""
+    runs = []
+    for options in ({}, {"nodes": nodes}):
+        model = Vectors(SHAPES)
+        optimizer, owner = on_path(path, model, k=40, dense_below=10, exchange=exchange, **options)
+        for step in range(4):
+            step_of(model, optimizer, step)
+        runs.append((model.state_dict(), memories(owner.state_dict()), owner.ledger.total))
+    (model_state, memory, total), (state, waiting, passed_on) = runs
+    assert all(torch.equal(t, state[name]) for name, t in model_state.items())
+    assert all(torch.equal(t, waiting[name]) for name, t in memory.items())
+    assert total.mpi == passed_on.mpi + 16  # MPI was asked who shares a node, in two numbers
+    return total.node, passed_on.node
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("exchange", ["allgather", "reduce_scatter"])
+def test_nodes_change_the_way_and_nothing_else(world: World, exchange: str) -> None:
+    for path in ("gradient", "local"):
+        for nodes, passed_on in ((ODD, 4), (UNEVEN, 4), (ONE, 0), ([0, 1, 2, 3], 0)):
+            within = world.run(goes_another_way, path, exchange, nodes)
+            assert [before for before, _ in within] == [0] * 4
+            assert sum(after > 0 for _, after in within) == passed_on
+
+
 # Reduce-scatter
 
 
@@ -533,10 +562,10 @@ def test_ranks_that_differ(world: World, what: str) -> None:
     world.run(differ, what, {"exchange": "reduce_scatter"})
 
 
-def disagree_about_nodes() -> str:
+def disagree_about_nodes(exchange: str) -> str:
     model = Vectors({"w": (30,)})
     nodes = [0, 0, 1, hvd.rank() // 3]
-    optimizer, _ = on_path("local", model, k=3, dense_below=0, exchange="hierarchical", nodes=nodes)
+    optimizer, _ = on_path("local", model, k=3, dense_below=0, exchange=exchange, nodes=nodes)
     model({"w": torch.ones(30)}).backward()
     with pytest.raises(RankMismatchError) as caught:
         optimizer.step()
@@ -545,10 +574,11 @@ def disagree_about_nodes() -> str:
 
 @pytest.mark.ranks(4)
 def test_ranks_that_disagree_about_nodes(world: World) -> None:
-    texts = world.run(disagree_about_nodes)
-    assert len(set(texts)) == 1
-    assert "nodes=(0, 0, 1, 0)" in texts[0]
-    assert "nodes=(0, 0, 1, 1)" in texts[0]
+    for exchange in ("allgather", "hierarchical", "reduce_scatter"):
+        texts = world.run(disagree_about_nodes, exchange)
+        assert len(set(texts)) == 1
+        assert "nodes=(0, 0, 1, 0)" in texts[0]
+        assert "nodes=(0, 0, 1, 1)" in texts[0]
 
 
 def test_settings_that_cannot_be() -> None:
@@ -868,13 +898,15 @@ def test_costs_are_what_the_algorithms_send() -> None:
         assert two == pytest.approx(2 * 1.3e6 * (nodes - 1) / nodes)
     assert costs.dense(cluster(4, 1), work).between == pytest.approx(2 * 1e8 * 3 / 4)
     assert [f(cluster(1, 4), work).between for f in costs.EXCHANGES.values()] == [0, 0, 0]
-    # Bruck's algorithm on two nodes of four: distances 1, 2 and 4 cross with 1, 2 and 4 ranks, of as many blocks.
-    assert costs.allgather(cluster(2, 4), work).between == 21 * 1.3e6
-    assert costs.allgather(cluster(2, 2), work).between == 4 * 1.3e6  # both of a node's ranks exchange two blocks
-    assert costs.allgather(cluster(4, 4), work).between == 15 * 1.3e6  # a ring: each message enters a node once
-    for nodes, ranks in itertools.product(range(2, 9), range(1, 9)):  # docs/scale.md says between what
-        rounds = costs.allgather(cluster(nodes, ranks), work).between / 1.3e6
-        assert rounds <= ranks * (nodes * ranks - 1) + 1e-9
+    # Each of a node's four messages enters the other node once, and is passed on with what came from there.
+    passed_on = costs.allgather(cluster(2, 4), work)
+    assert (passed_on.between, passed_on.within) == (4 * 1.3e6, 3 * 2 * 1.3e6)
+    for nodes, ranks in itertools.product(range(2, 9), range(1, 9)):
+        flat, divided = (f(cluster(nodes, ranks), work) for f in (costs.allgather, costs.hierarchical))
+        assert flat.between == pytest.approx(ranks * divided.between)
+        # Of what a rank sends, the part that owners on other nodes get; the sum's parts enter each other node once.
+        expected = ranks * 1.3e6 * (nodes - 1) / nodes + (nodes - 1) / nodes * 1.3e6
+        assert costs.reduce_scatter(cluster(nodes, ranks), work).between == pytest.approx(expected)
 
 
 def test_more_is_never_faster() -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 from mpi4py import MPI
+
+from .topology import Topology, topology
 
 Bytes = npt.NDArray[np.uint8]
 Lengths = npt.NDArray[np.int64]
@@ -23,17 +27,26 @@ class Exchange:
     Exchanges are given a place each in a sequence that repeats, the buckets of a step say. What a rank sends in one
     place mostly has about the same length from one time to the next, so as many bytes as are to be expected
     travel together with the buffer's length, and only what is longer needs a second collective.
+
+    Where ranks share a node's network card, each buffer crosses it once for each other node, rather than once for
+    each rank there.
+
+    Args:
+        communicator: of the ranks. Collective over them.
+        nodes: see :func:`hvd_compress.exchange.topology`.
     """
 
     library = "mpi"
 
-    def __init__(self, communicator: MPI.Intracomm) -> None:
+    def __init__(self, communicator: MPI.Intracomm, nodes: Sequence[int] | None = None) -> None:
         self._communicator = communicator
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
-        self._cards_are_shared = _cards_are_shared(communicator)
+        found, sent = topology(communicator, nodes)
+        self._relays = _Relays(communicator, found) if 1 < len(found.nodes) < self.size else None
         # State
-        self.sent = 0  # bytes of all send buffers handed to MPI so far
+        self.sent = sent  # bytes of all send buffers handed to MPI so far, each counted once,
+        self.within = 0  # and of those that only pass them on within a node
         self._forecasts: dict[int, _Forecast] = {}  # by place; the same on all ranks
 
     def allgatherv(self, buffer: Bytes, place: int = 0) -> list[Bytes]:
@@ -72,18 +85,75 @@ class Exchange:
         return received
 
     def _gather(self, buffer: Bytes, lengths: Lengths) -> list[Bytes]:
-        gathered = np.empty(int(lengths.sum()), np.uint8)
-        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-        where = [gathered, lengths, starts, MPI.BYTE]
-        if self._cards_are_shared:
-            # Open MPI's nonblocking gather sends each message to each rank by itself. Its blocking ones send several
-            # times fewer bytes over a card that ranks share, but hold a core: so only once all ranks are there.
-            _wait(self._communicator.Ibarrier())
-            self._communicator.Allgatherv(buffer, where)
-        else:
-            _wait(self._communicator.Iallgatherv(buffer, where))
         self.sent += buffer.nbytes
-        return np.split(gathered, starts[1:])
+        if self._relays is None:
+            return _cut(_gathered(self._communicator, buffer, lengths), lengths)
+        parts, within = self._relays.gather(buffer, lengths)
+        self.within += within
+        return parts
+
+
+class _Relays:
+    """The way of buffers between ranks that share network cards.
+
+    Of each node as many ranks are relays as every node has. The other ranks of a node hand their buffers to one of
+    its relays. The relays with one number, one on each node, exchange what they have, and each passes on within its
+    node what it has received.
+    """
+
+    def __init__(self, communicator: MPI.Intracomm, topology: Topology) -> None:
+        width, nodes = topology.shards, len(topology.nodes)
+        node, place = topology.place(communicator.Get_rank())
+        number = place % width  # of the relay that this rank gives to
+        givers = [ranks[n::width] for n in range(width) for ranks in topology.nodes]  # by number, then by node
+        order = [rank for ranks in givers for rank in ranks]
+        # Configuration
+        self._shape = width, nodes
+        self._number = number
+        self._is_relay = place < width
+        self._all_are_relays = len(order) == width * nodes
+        self._order = np.array(order)  # in which all buffers arrive
+        self._arrival = np.argsort(order).tolist()  # of each rank's
+        self._relay = np.repeat(np.arange(width * nodes), [*map(len, givers)])[self._arrival]  # of each rank
+        self._givers = list(givers[number * nodes + node])  # to the same relay on this node, this rank among them
+        self._giving = communicator.Split(node * width + number, place)
+        self._across = communicator.Split(number if self._is_relay else MPI.UNDEFINED, node)
+        self._within = communicator.Split(node, place)
+
+    def gather(self, buffer: Bytes, lengths: Lengths) -> tuple[list[Bytes], int]:
+        """Every rank's buffer in rank order, and the bytes that this rank has handed on within its node. Collective.
+
+        Args:
+            buffer: this rank's.
+            lengths: of all ranks' buffers.
+        """
+        handed_on = 0
+        if not self._all_are_relays:
+            handed_on += buffer.nbytes
+            buffer = _gathered(self._giving, buffer, lengths[self._givers])
+        sums = np.bincount(self._relay, lengths).astype(np.int64).reshape(self._shape)  # of each relay's givers
+        if self._is_relay:
+            buffer = _gathered(self._across, buffer, sums[self._number])
+            handed_on += buffer.nbytes
+        else:
+            buffer = buffer[:0]
+        passed_on = np.zeros(self._within.Get_size(), np.int64)  # by the relays, which are the first of the node
+        passed_on[: len(sums)] = sums.sum(axis=1)
+        parts = _cut(_gathered(self._within, buffer, passed_on), lengths[self._order])
+        return [parts[at] for at in self._arrival], handed_on
+
+
+def _gathered(communicator: MPI.Comm, buffer: Bytes, lengths: Lengths) -> Bytes:
+    """All ranks' buffers, one after the other."""
+    gathered = np.empty(int(lengths.sum()), np.uint8)
+    starts = np.cumsum(lengths) - lengths
+    _wait(communicator.Iallgatherv(buffer, [gathered, lengths, starts, MPI.BYTE]))
+    return gathered
+
+
+def _cut(data: Bytes, lengths: Lengths) -> list[Bytes]:
+    sizes = lengths.tolist()
+    return [data[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 class _Forecast:
@@ -108,14 +178,6 @@ class _Forecast:
         self.lengths = np.maximum(np.where(is_steady, lengths + 2 * self._spread, lengths - 2 * self._spread), 0)
         if self.lengths.sum() + len(lengths) * _LENGTH_BYTES > LIMIT:
             self.lengths = np.zeros_like(lengths)
-
-
-def _cards_are_shared(communicator: MPI.Intracomm) -> bool:
-    """Whether there are several nodes, some of them with several ranks. Collective."""
-    node = communicator.Split_type(MPI.COMM_TYPE_SHARED)
-    largest = communicator.allreduce(node.Get_size(), MPI.MAX)
-    node.Free()
-    return 1 < largest < communicator.Get_size()
 
 
 def _wait(request: MPI.Request) -> None:
