@@ -17,7 +17,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import none_is
+from ..kernels import all_finite, none_is
 from .bits import pack_levels, unpack_levels
 from .indices import decode_indices, encode_indices
 from .message import Block, Message, Subset
@@ -116,7 +116,7 @@ def encode(
     if any(b <= a for a, b in zip([-1, *ids], ids, strict=False)):
         raise ValueError(f"message ids must ascend from 0 or more, got {list(ids)}")
     device = messages[0].device if messages else torch.device("cpu")
-    kept = list(_without_zeros([m.to(device) for m in messages]))
+    kept = _without_zeros([m.to(device) for m in messages])
     table = table_of(tuple(map(row_of, ids, kept)))
 
     coded = [i for place in table.coded if (i := kept[place].indices) is not None]
@@ -202,33 +202,38 @@ def _checksum(data: Bytes) -> int:
     return zlib.crc32(data[HEADER_BYTES:].data, zlib.crc32(data[: HEADER_BYTES - 4].data))
 
 
-def _without_zeros(messages: Sequence[Message]) -> Iterator[Message]:
+def _without_zeros(messages: Sequence[Message]) -> list[Message]:
     """The messages less the entries that say nothing; full ones become dense."""
-    coded = [m.values for m in messages if m.indices is not None and m.rule is None]
-    zeros = [v.zero for v in coded]
-    kinds: defaultdict[tuple[torch.dtype, int], list[Tensor]] = defaultdict(list)
-    for numbers, zero in filter(None, zeros):
-        kinds[numbers.dtype, zero].append(numbers)
-    # One question for all of a kind, and most often there are none: on a GPU each question waits for it.
-    clean = {kind for kind, numbers in kinds.items() if none_is(numbers, kind[1])}
-    masks = [
-        None if zero is None or (zero[0].dtype, zero[1]) in clean else v.nonzero()
-        for v, zero in zip(coded, zeros, strict=True)
-    ]
-    counts = iter(_sums([mask for mask in masks if mask is not None]))
-    left = iter(masks)
-    for m in messages:
-        if m.indices is not None and m.rule is None:
-            mask = next(left)
-            if mask is not None and next(counts) < len(mask):
-                m = replace(m, indices=m.indices[mask], values=m.values.select(mask))
-            if len(m.values) == m.numel:
-                m = replace(m, indices=None)
+    kept = list(messages)
+    coded = [place for place, m in enumerate(messages) if m.indices is not None and m.rule is None]
+    kinds: defaultdict[tuple[torch.dtype, int], list[tuple[int, Tensor]]] = defaultdict(list)
+    for place in coded:
+        if (zeros := messages[place].values.zero) is not None:
+            kinds[zeros[0].dtype, zeros[1]].append((place, zeros[0]))
+    for (_, zero), some in kinds.items():
+        places, numbers = [place for place, _ in some], [n for _, n in some]
+        # One question for all of a kind, and most often there are none: on a GPU each question waits for it.
+        if not none_is(numbers, zero):
+            fewer = _at([messages[place] for place in places], torch.cat(numbers).ne(zero))
+            for place, message in zip(places, fewer, strict=True):
+                kept[place] = message
+    for place in coded:
+        if len(kept[place].values) == kept[place].numel:
+            kept[place] = replace(kept[place], indices=None)
+    return kept
+
+
+def _at(messages: Sequence[Message], chosen: Tensor) -> Iterator[Message]:
+    """The entries of all messages where ``chosen`` is true; messages that are not finite as they are."""
+    places = chosen.nonzero().reshape(-1)
+    indices = torch.cat([m.indices for m in messages if m.indices is not None])[places]
+    starts = [0, *accumulate(len(m.values) for m in messages)]
+    bounds = torch.searchsorted(places, torch.tensor(starts, device=places.device)).tolist()
+    are_finite = all_finite([m.values.floats for m in messages])
+    for m, start, (low, high) in zip(messages, starts, pairwise(bounds), strict=False):
+        if high - low < len(m.values) and (are_finite or bool(m.is_finite())):
+            m = replace(m, indices=indices[low:high], values=m.values.select(places[low:high] - start))
         yield m
-
-
-def _sums(masks: list[Tensor]) -> list[int]:
-    return torch.stack([mask.sum() for mask in masks]).tolist() if masks else []
 
 
 def _decode_streams(table: Table, streams: Tensor) -> tuple[Sequence[Message], list[Tensor]]:

@@ -40,15 +40,14 @@ class Values(ABC):
 
     @property
     def zero(self) -> tuple[Tensor, int] | None:
-        """Numbers ``[n]``, and which of them says that a value is zero; None when no value may be left out."""
+        """Numbers ``[n]``, and which of them says that a value is zero if :attr:`floats` are finite.
+
+        None when no value may be left out.
+        """
         return None
 
-    def nonzero(self) -> Tensor | None:
-        """Which values are not zero, bool ``[n]``; None when none may be left out."""
-        return None if self.zero is None else self.zero[0] != self.zero[1]
-
-    def select(self, chosen: Tensor) -> Values:
-        """Those where ``chosen`` is true; only after :meth:`nonzero` has returned something."""
+    def select(self, places: Tensor) -> Values:
+        """Those at ``places``, int64 ``[n]``; only where :attr:`zero` is something."""
         raise NotImplementedError
 
     def part(self, start: int, stop: int) -> Values:
@@ -94,9 +93,9 @@ class Floats(Values):
         """See :class:`Values`."""
         return self.numbers, 0
 
-    def select(self, chosen: Tensor) -> Floats:
+    def select(self, places: Tensor) -> Floats:
         """See :class:`Values`."""
-        return Floats(self.numbers[chosen])
+        return Floats(self.numbers[places])
 
     def part(self, start: int, stop: int) -> Floats:
         """See :class:`Values`."""
@@ -197,15 +196,9 @@ class Symmetric(Levels):
         """See :class:`Values`. In buckets a value's place tells its scale."""
         return None if self.bucket else (self.levels, self.s)
 
-    def nonzero(self) -> Tensor | None:
+    def select(self, places: Tensor) -> Symmetric:
         """See :class:`Values`."""
-        chosen = super().nonzero()
-        # A scale that is not finite makes every value NaN, which must not be lost.
-        return None if chosen is None else chosen | ~torch.isfinite(self.parameters)
-
-    def select(self, chosen: Tensor) -> Symmetric:
-        """See :class:`Values`."""
-        return replace(self, levels=self.levels[chosen])
+        return replace(self, levels=self.levels[places])
 
     def part(self, start: int, stop: int) -> Values:
         """See :class:`Values`. In buckets a value's place tells its scale."""
