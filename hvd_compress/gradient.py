@@ -11,8 +11,10 @@ compressed that gradient, whatever the order of its own.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import horovod.torch.optimizer as hvd_optimizer
@@ -28,6 +30,7 @@ from .membership import check_named_parameters, link
 from .operators import working_dtype
 from .settings import Settings
 
+_is_about = partial(math.isclose, rel_tol=1e-5)
 _use_count = getattr(torch._C, "_storage_Use_Count", None)  # before torch 2.9, only builds with CUDA have it
 
 
@@ -200,7 +203,7 @@ class GradientCompressor(Compressor):
         assert self._parameters is not None
         p = self._parameters[name]
         if p.is_contiguous():
-            values = values.view(p.shape)
+            values = values if values.shape == p.shape else values.view(p.shape)
             return values if values.dtype == dtype else values.to(dtype)
         return torch.empty_like(p, dtype=dtype).copy_(values.view(p.shape))
 
@@ -242,8 +245,8 @@ class GradientCompressor(Compressor):
 
     def _exchange(self, ticket: Tensor) -> None:
         reducer = self._bound()
-        size = reducer.size
-        is_average, is_sum = (torch.allclose(ticket.cpu(), torch.tensor(t)) for t in ([1, 1 / size], [size, 1.0]))
+        size, seen = reducer.size, ticket.tolist()
+        is_average, is_sum = (all(map(_is_about, seen, t)) for t in ([1, 1 / size], [size, 1]))
         if not is_average and not is_sum:
             raise NotImplementedError(
                 "a compressor works with op=hvd.Average and op=hvd.Sum only, and as long as no rank has called "

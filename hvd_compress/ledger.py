@@ -60,6 +60,7 @@ class Ledger:
     # This process's wall time in "compress" (both ways, memories too) and "exchange" (as far as it was waited for,
     # with the others' lateness). On a GPU, whose work is only started here, some shows up where results are needed.
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float), compare=False)
+    _counted: float = field(default=0.0, compare=False, repr=False)  # seconds that were ever counted, of whatever
 
     @property
     def total(self) -> Traffic:
@@ -72,7 +73,7 @@ class Ledger:
 
     def timed(self, what: str) -> _Timed:
         """A context: the time that it takes is counted as that of ``what``, without what is counted within it."""
-        return _Timed(self.seconds, what)
+        return _Timed(self, what)
 
     def take(self, other: Ledger) -> None:
         """Count what ``other`` has counted, which then starts again from zero."""
@@ -110,16 +111,19 @@ class Ledger:
 class _Timed:
     """No generator, since it is entered for each tensor of each step."""
 
-    __slots__ = ("_before", "_seconds", "_start", "_what")
+    __slots__ = ("_before", "_ledger", "_start", "_what")
 
-    def __init__(self, seconds: dict[str, float], what: str) -> None:
-        self._seconds = seconds
+    def __init__(self, ledger: Ledger, what: str) -> None:
+        self._ledger = ledger
         self._what = what
 
     def __enter__(self) -> None:
-        self._before = sum(self._seconds.values())
+        self._before = self._ledger._counted
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        within = sum(self._seconds.values()) - self._before
-        self._seconds[self._what] += time.perf_counter() - self._start - within
+        ledger = self._ledger
+        within = ledger._counted - self._before
+        own = time.perf_counter() - self._start - within
+        ledger.seconds[self._what] += own
+        ledger._counted += own
