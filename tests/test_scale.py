@@ -559,7 +559,8 @@ def differ(what: str, options: dict[str, Any]) -> None:
 def test_ranks_that_differ(world: World, what: str) -> None:
     for nodes in (EVEN, UNEVEN):
         world.run(differ, what, {"exchange": "hierarchical", "nodes": nodes})
-    world.run(differ, what, {"exchange": "reduce_scatter"})
+    for exchange in ("allgather", "reduce_scatter"):
+        world.run(differ, what, {"exchange": exchange, "nodes": UNEVEN})
 
 
 def disagree_about_nodes(exchange: str) -> str:
