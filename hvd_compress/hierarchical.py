@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .errors import PeerError, RankMismatchError
 from .ledger import Ledger
-from .meeting import Member, Place, meet, statement, through_mpi
+from .meeting import Member, Place, meet, source_of, statement, through_mpi
 from .memory import Memory
 from .node import MpiNode, Node, Parts, node_of
 from .operators import Operator
@@ -125,8 +125,8 @@ class HierarchicalReducer(Member):
         from .exchange import Exchange, Watch, labels_of, topology
 
         labels = labels_of(self._nodes, ranks)
-        found_by = "shared memory" if self._nodes is None else f"nodes={self._nodes}"
         summed_by = "MPI" if self._node_process_set is None else "Horovod"
+        found_by = source_of(self._nodes)
         expects = (
             f"exchange hierarchical by {found_by}, summed by {summed_by}\n{self._round} exchanges so far\n{expects}"
         )

@@ -94,6 +94,11 @@ def statement(
     )
 
 
+def source_of(nodes: Sequence[int] | None) -> str:
+    """Where a rank knows from which ranks share a node, for statements: ``nodes=…``, or MPI."""
+    return "shared memory" if nodes is None else f"nodes={tuple(nodes)}"
+
+
 def meet(
     communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, saved_as: Place | None, timeout: float
 ) -> tuple[MPI.Intracomm, Place, int]:

@@ -18,6 +18,7 @@ from . import wire
 from .errors import PeerError, RankMismatchError, WireError
 from .horovod_exchange import HorovodExchange
 from .kernels import all_finite
+from .meeting import source_of
 from .sender import AFTER, Overflow, Pending, Sender
 from .side_stream import SideStream
 
@@ -153,8 +154,8 @@ class Reducer(Sender):
         return private
 
     def _expects(self, more: str) -> str:
-        found_by = "MPI" if self._nodes is None else f"nodes={tuple(self._nodes)}"
-        return f"{self._round} exchanges so far\n{len(self._buckets)} buckets\nnodes found by {found_by}\n{more}"
+        way = f"exchange allgather by {source_of(self._nodes)}, {len(self._buckets)} buckets"
+        return f"{way}\n{self._round} exchanges so far\n{more}"
 
     def leave(self) -> None:
         """Forget the other ranks, since the world is about to be another one: the next exchange opens anew."""

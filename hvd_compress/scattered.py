@@ -27,7 +27,7 @@ from torch import Tensor
 from . import wire
 from .errors import PeerError, RankMismatchError, WireError
 from .ledger import Ledger
-from .meeting import through_mpi
+from .meeting import source_of, through_mpi
 from .memory import Memory
 from .operators import Operator
 from .operators.topk import largest
@@ -96,9 +96,8 @@ class ScatteredReducer(Sender):
         from .exchange import Scatter, Watch, labels_of
 
         labels = labels_of(self._nodes, ranks)
-        found_by = "MPI" if self._nodes is None else f"nodes={tuple(self._nodes)}"
         expects = (
-            f"exchange reduce_scatter, reselect={self._reselect}, nodes found by {found_by}\n"
+            f"exchange reduce_scatter by {source_of(self._nodes)}, reselect={self._reselect}\n"
             f"{self._round} exchanges so far\n{expects}"
         )
         private = self._meet(communicator, ranks, expects, timeout)

@@ -44,6 +44,7 @@ from hvd_compress.wire import (
 )
 from hvd_compress.wire.bits import pack_fields, pack_unary, unpack_fields, unpack_unary
 from hvd_compress.wire.message import Fused
+from hvd_compress.wire.values import Values
 from hvd_compress.wire.varint import append_varint
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -225,6 +226,28 @@ def test_zeros_are_not_sent() -> None:
     assert received.indices is not None
     assert received.indices.tolist() == [3, 9]
     assert torch.equal(received.decode(), sent.decode())
+
+
+def test_zeros_of_several_messages_are_not_sent() -> None:
+    def levels(*steps: int, scale: float = 2.0) -> Symmetric:
+        return Symmetric(torch.tensor(steps, dtype=torch.uint8) + 3, torch.tensor([scale]), 3)
+
+    several: list[tuple[list[int], Values, list[int]]] = [  # indices, values, and which of the indices are left
+        ([3, 5, 7], levels(0, 2, 0), [5]),
+        ([1], Floats(torch.tensor([0.0])), []),
+        ([2, 4], levels(1, -3), [2, 4]),
+        ([], levels(), []),
+        ([0, 8], levels(0, 0), []),
+        ([0, 9], levels(0, 1, scale=math.inf), [0, 9]),  # an overflow, which receivers must learn of
+        ([6, 8], Floats(torch.tensor([0.0, 1.5])), [8]),
+    ]
+    sent = [Message((10,), torch.tensor(i, dtype=torch.int64), values) for i, values, _ in several]
+    received = decode(encode(sent).data).messages
+    for before, after, (_, _, left) in zip(sent, received, several, strict=True):
+        assert after.indices is not None
+        assert after.indices.tolist() == left
+        assert torch.equal(after.decode().nan_to_num(), before.decode().nan_to_num())
+        assert bool(after.is_finite()) == bool(before.is_finite())
 
 
 def test_nan_payloads_survive() -> None:

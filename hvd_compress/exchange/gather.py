@@ -45,8 +45,8 @@ class Exchange:
         found, sent = topology(communicator, nodes)
         self._relays = _Relays(communicator, found) if 1 < len(found.nodes) < self.size else None
         # State
-        self.sent = sent  # bytes of all send buffers handed to MPI so far, each counted once,
-        self.within = 0  # and of those that only pass them on within a node
+        self.sent = sent  # bytes of all send buffers handed to MPI so far, counted by the rank that they come from
+        self.within = 0  # bytes of those that were handed on within the node
         self._forecasts: dict[int, _Forecast] = {}  # by place; the same on all ranks
 
     def allgatherv(self, buffer: Bytes, place: int = 0) -> list[Bytes]:
@@ -111,12 +111,12 @@ class _Relays:
         self._shape = width, nodes
         self._number = number
         self._is_relay = place < width
-        self._all_are_relays = len(order) == width * nodes
         self._order = np.array(order)  # in which all buffers arrive
         self._arrival = np.argsort(order).tolist()  # of each rank's
         self._relay = np.repeat(np.arange(width * nodes), [*map(len, givers)])[self._arrival]  # of each rank
         self._givers = list(givers[number * nodes + node])  # to the same relay on this node, this rank among them
-        self._giving = communicator.Split(node * width + number, place)
+        all_are_relays = len(order) == width * nodes
+        self._giving = None if all_are_relays else communicator.Split(node * width + number, place)
         self._across = communicator.Split(number if self._is_relay else MPI.UNDEFINED, node)
         self._within = communicator.Split(node, place)
 
@@ -128,7 +128,7 @@ class _Relays:
             lengths: of all ranks' buffers.
         """
         handed_on = 0
-        if not self._all_are_relays:
+        if self._giving is not None:
             handed_on += buffer.nbytes
             buffer = _gathered(self._giving, buffer, lengths[self._givers])
         sums = np.bincount(self._relay, lengths).astype(np.int64).reshape(self._shape)  # of each relay's givers
