@@ -316,11 +316,13 @@ void collect_all(Candidates<Word>& c, Index k, Word threshold, Vector<Word, adds
 }
 
 // A magnitude that k elements or a few more most likely reach. The sample is made of short runs, which cost one look
-// at memory each, at places without a period, since the elements of a tensor often have one.
+// at memory each, at places without a period, since the elements of a tensor often have one. Where many neighbours are
+// alike, as in the rows of an embedding, a run tells little more than one of its elements, so that a large tensor gets
+// more of them.
 template <class Word, bool adds>
 Word likely_threshold(Vector<Word, adds> vector, Index d, Index k) {
-    constexpr Index run = 4, most_runs = 1024, one_of = 16;
-    const Index runs = std::min(d / (one_of * run), most_runs);
+    constexpr Index run = 16, few_runs = 256, most_runs = 1024, one_of = 16;
+    const Index runs = std::min(d / (one_of * run), std::clamp(d >> 14, few_runs, most_runs));
     if (runs < 16) return 0;
     const Index stride = d / runs, taken = runs * run;
     const double expected = static_cast<double>(taken) * static_cast<double>(k) / static_cast<double>(d);
@@ -330,7 +332,7 @@ Word likely_threshold(Vector<Word, adds> vector, Index d, Index k) {
     for (Index r = 0; r < runs; ++r) {
         const Word64 scattered = (static_cast<Word64>(r) * 0x9E3779B97F4A7C15ull) >> 32;  // in [0, 2^32)
         const Index within = static_cast<Index>((scattered * static_cast<Word64>(stride - run + 1)) >> 32);
-        const Vector<Word, adds> from = vector.from(r * stride + within);
+        const Vector<Word, adds> from = vector.from((r * stride + within) / run * run);  // one cache line each
         for (Index i = 0; i < run; ++i) {
             if constexpr (adds) {
                 sample[r * run + i] = sum(from.x[i], from.y[i]);

@@ -28,7 +28,6 @@ __attribute__((target("avx2"))) void stream_avx2(const void* from, std::size_t b
         const __m256 some = _mm256_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + at));
         _mm256_stream_ps(reinterpret_cast<float*>(static_cast<char*>(to) + at), some);
     }
-    _mm_sfence();
 }
 
 __attribute__((target("avx512f"))) void stream_avx512(const void* from, std::size_t bytes, void* to) {
@@ -36,7 +35,6 @@ __attribute__((target("avx512f"))) void stream_avx512(const void* from, std::siz
         const __m512i some = _mm512_loadu_si512(static_cast<const char*>(from) + at);
         _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + at), some);
     }
-    _mm_sfence();
 }
 #endif
 
@@ -47,6 +45,14 @@ Stream best_stream() {
     if (unit == VectorUnit::avx2) return stream_avx2;
 #endif
     return [](const void* from, std::size_t bytes, void* to) { std::memcpy(to, from, bytes); };
+}
+
+// What was streamed arrives when it likes: other threads may be told only behind this. It waits for all of it, so once
+// for all blocks.
+void finish_writing() {
+#ifdef HVD_X86
+    _mm_sfence();
+#endif
 }
 
 template <class Float>
@@ -170,6 +176,7 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, 
             write_out(sum, to - from, flat + from, n >= kWorthStreaming);
             each([&](Index at) { sum[at] = 0; });
         }
+        finish_writing();
     });
 }
 
