@@ -30,10 +30,13 @@ def members(
         ValueError: the process set is ambiguous, unknown to Horovod, or does not have this rank.
         RankMismatchError: mpi4py and Horovod do not see the same ranks.
     """
-    from .exchange import check_world
+    from .exchange import check_world, warn_of_few_cores
 
-    ranks = _taking_part(process_set).ranks
-    return check_world(communicator, hvd.rank(), hvd.size()), list(ranks or ())
+    ranks = list(_taking_part(process_set).ranks or ())
+    world = check_world(communicator, hvd.rank(), hvd.size())
+    if len(ranks) > 1:
+        warn_of_few_cores(hvd.local_rank(), hvd.local_size())
+    return world, ranks
 
 
 def link(

@@ -530,6 +530,37 @@ def step():
 """
 
 
+@pytest.mark.parametrize(
+    ("cores", "of", "ranks", "few"),
+    [(1, 8, 2, True), (2, 8, 4, False), (2, 2, 2, True), (2, 2, 1, False), (8, 8, 4, False), (8, 8, 5, True)],
+)
+def test_a_rank_wants_two_cores(cores: int, of: int, ranks: int, few: bool) -> None:
+    from hvd_compress.exchange.communicator import are_few
+
+    assert are_few(cores, of, ranks) is few
+
+
+def test_ranks_that_spin_on_few_cores_are_told_once() -> None:
+    asks = """
+import os
+import hvd_compress.exchange as exchange
+from mpi4py import MPI
+
+many = os.cpu_count()
+exchange.warn_of_few_cores(0, many)
+print("set, says nothing" if MPI.get_vendor()[0] == "Open MPI" else "not Open MPI")
+del os.environ["OMPI_MCA_mpi_yield_when_idle"]
+for _ in range(2):
+    exchange.warn_of_few_cores(0, many + 1)
+    exchange.warn_of_few_cores(1, many + 1)
+"""
+    said = launch(1, asks).stdout
+    if "not Open MPI" in said:
+        pytest.skip("MPI waits in another way")
+    assert said.count("OMPI_MCA_mpi_yield_when_idle=1") == 1
+    assert said.index("set, says nothing") < said.index("--mca mpi_yield_when_idle 1")
+
+
 def test_a_rank_that_raises_ends_the_job_with_its_traceback() -> None:
     ended = launch(
         3, PREAMBLE + "step()\nif hvd.rank() == 2: raise KeyError('only here')\nfor _ in range(50): step()"

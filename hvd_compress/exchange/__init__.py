@@ -1,6 +1,6 @@
 """Ranks and buffers. Knows mpi4py, and nothing of tensors or optimizers."""
 
-from .communicator import abort_on_uncaught_exception, check_world
+from .communicator import abort_on_uncaught_exception, check_world, warn_of_few_cores
 from .gather import Exchange
 from .probe import probe, union
 from .rendezvous import rendezvous
@@ -22,4 +22,5 @@ __all__ = [
     "rendezvous",
     "topology",
     "union",
+    "warn_of_few_cores",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import time
@@ -14,6 +16,8 @@ from types import TracebackType
 from mpi4py import MPI
 
 from ..errors import RankMismatchError
+
+logger = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 5.0  # for the other ranks to fail by themselves, each with its own message
 
@@ -47,6 +51,41 @@ def check_world(communicator: MPI.Intracomm | None, rank: int, size: int) -> MPI
             "Unset HOROVOD_MPI_THREADS_DISABLE and mpi4py.rc.thread_level, or use an MPI library that has it"
         )
     return communicator
+
+
+@cache
+def warn_of_few_cores(local_rank: int, local_size: int) -> None:
+    """Log, once on each node, that waiting threads take time from those that compute, and what to do about it.
+
+    Horovod's thread meets those of other ranks in MPI every millisecond, and Open MPI waits by spinning.
+
+    Args:
+        local_rank: Horovod's.
+        local_size: Horovod's.
+    """
+    setting = "OMPI_MCA_mpi_yield_when_idle"
+    if local_rank or setting in os.environ or MPI.get_vendor()[0] != "Open MPI" or sys.platform != "linux":
+        return
+    cores = len(os.sched_getaffinity(0))
+    if are_few(cores, os.cpu_count() or cores, local_size):
+        logger.warning(
+            "%d rank(s) of this node have %s, and Open MPI spins while it waits: steps may take twice as long. Start "
+            "them with mpirun --bind-to none --mca mpi_yield_when_idle 1 (with srun, %s=1), or give each two cores",
+            local_size,
+            f"{cores} cores" if cores > 1 else "a core each",
+            setting,
+        )
+
+
+def are_few(cores: int, of: int, ranks: int) -> bool:
+    """Whether a rank has less than two cores, one for itself and one for the thread that waits.
+
+    Args:
+        cores: that a rank may use; which ranks share them can be told only where these are all.
+        of: the node's cores.
+        ranks: of the node.
+    """
+    return cores < 2 * ranks if cores == of else cores < 2
 
 
 def abort_on_uncaught_exception(communicator: MPI.Intracomm) -> None:
