@@ -228,8 +228,8 @@ def report(methods: list[Method], copy: float, extra: float, args: argparse.Name
         print(f"{name} takes {peer.median / ours.median:.1f}× as long as ours")
     print(f"extra memory in our first steps: {extra:.2f}× the gradients' size (the error memory is 1.00×)")
     print(f"load average: {load_before:.1f} before, {os.getloadavg()[0]:.1f} after, on {os.cpu_count()} cores")
-    yields = os.environ.get("OMPI_MCA_mpi_yield_when_idle", "not set")
-    print(f"this rank may use {len(os.sched_getaffinity(0))} cores; OMPI_MCA_mpi_yield_when_idle: {yields}")
+    setting = "OMPI_MCA_mpi_yield_when_idle"
+    print(f"a rank may use {len(os.sched_getaffinity(0))} cores; {setting}: {os.environ.get(setting, 'not set')}")
 
 
 def parse_arguments() -> argparse.Namespace:

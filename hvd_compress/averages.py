@@ -164,7 +164,7 @@ class HorovodAverage:
 
     def _check(self, step: int) -> None:
         """Every rank raises if ranks are at different steps: then their steps have a variance."""
-        moments = torch.tensor([step, step * step], dtype=torch.float64)
+        moments = torch.tensor([step, step * step], dtype=torch.float64, device="cpu")
         self.ledger.shared.horovod += moments.nbytes
         total = hvd.allreduce(moments, name="qsparse_local_sgd.step", op=hvd.Sum, process_set=self._process_set)
         size = self._process_set.size() or 1

@@ -194,8 +194,9 @@ class GradientCompressor(Compressor):
         """One on each rank, and one on the first rank only: what becomes of them tells Horovod's operation."""
         left = self._tickets.setdefault(device, [])
         if not left:  # made by the step, not one by one
-            one = torch.tensor([1.0, float(self._bound().rank == 0)], device=device)
-            left.extend(one.repeat(len(self._parameters or ()), 1).unbind())
+            tickets = torch.ones(len(self._parameters or ()), 2, device=device)
+            tickets[:, 1].fill_(float(self._bound().rank == 0))  # a copy from the host would wait for the GPU
+            left.extend(tickets.unbind())
         return left.pop()
 
     def _as_gradient(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:

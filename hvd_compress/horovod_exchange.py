@@ -48,7 +48,7 @@ class HorovodExchange:
             buffer: any length.
             place: see :meth:`hvd_compress.exchange.Exchange.allgatherv`.
         """
-        length, data = torch.tensor([buffer.nbytes]), torch.from_numpy(buffer)
+        length, data = torch.tensor([buffer.nbytes], device="cpu"), torch.from_numpy(buffer)
         handles = [
             hvd.allgather_async(tensor, name=f"{self.name}.{what}.{place}", process_set=self._process_set)
             for what, tensor in (("lengths", length), ("data", data))

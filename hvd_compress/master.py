@@ -65,7 +65,7 @@ class Shard:
     def __init__(self, tensors: Mapping[int, Tensor], size: int) -> None:
         # State. The clock counts applications of updates.
         self._values = {id: tensor.detach().cpu().clone().reshape(-1) for id, tensor in tensors.items()}
-        self._changed = {id: torch.zeros(len(x), dtype=torch.int32) for id, x in self._values.items()}
+        self._changed = {id: torch.zeros(len(x), dtype=torch.int32, device="cpu") for id, x in self._values.items()}
         self._clock = 0
         self._seen = [0] * size  # the clock at each rank's last answer
 

@@ -138,10 +138,10 @@ class MpiNode(Node):
         self._incoming(like.dtype, max(self.size * mine, sum(lengths)))
 
     def _outgoing(self, like: Tensor, elements: int) -> Tensor:
-        return self._buffer("outgoing", elements, torch.empty(0, dtype=like.dtype))
+        return self._buffer("outgoing", elements, torch.empty(0, dtype=like.dtype, device="cpu"))
 
     def _incoming(self, dtype: torch.dtype, elements: int) -> Tensor:
-        return self._buffer("incoming", elements, torch.empty(0, dtype=dtype))
+        return self._buffer("incoming", elements, torch.empty(0, dtype=dtype, device="cpu"))
 
     def _sum(self, rows: Tensor, lengths: Sequence[int], what: str) -> Tensor:
         counts = [*lengths, *[0] * (self.size - len(lengths))]

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import wire
 from .errors import PeerError, RankMismatchError, WireError
 from .horovod_exchange import HorovodExchange
-from .kernels import all_finite
+from .kernels import all_finite, as_divisor
 from .meeting import source_of
 from .sender import AFTER, Overflow, Pending, Sender
 from .side_stream import SideStream
@@ -254,8 +254,8 @@ class Reducer(Sender):
 
     def _received(self, name: str, total: Tensor, pending: Pending, divisor: float) -> Tensor:
         if pending.remembered:
-            total = self._memory.receive(name, total, self.size, partial(self._generator, name, AFTER, total.device))
-        return total.div_(divisor)
+            total = self._memory.receive(name, total, self.size, partial(self._generator, name, AFTER))
+        return total.div_(as_divisor(divisor, total))
 
     def _drop(self) -> None:
         if self._departed:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import wire
 from .errors import PeerError, RankMismatchError, WireError
+from .kernels import all_finite, as_divisor
 from .ledger import Ledger
 from .meeting import source_of, through_mpi
 from .memory import Memory
@@ -169,7 +170,7 @@ class ScatteredReducer(Sender):
                 if p.remembered and not overflow:
                     sums[name] = self._receive(name, sums[name])
                 if divisor != 1:
-                    sums[name].div_(divisor)
+                    sums[name].div_(as_divisor(divisor, sums[name]))
             return Reduced(sums, overflow)
 
     def _drop(self) -> None:
@@ -178,7 +179,7 @@ class ScatteredReducer(Sender):
             self._watch.give_up()
 
     def _receive(self, name: str, total: Tensor) -> Tensor:
-        return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
+        return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER))
 
     def _proposal(
         self, pending: Mapping[str, Pending], messages: Mapping[str, Message]
@@ -215,8 +216,7 @@ class ScatteredReducer(Sender):
         shares: dict[str, int] = {}
         if failure is None:
             try:
-                finite = [message.is_finite() for message in messages.values()]
-                overflow = overflow_elsewhere or (bool(finite) and not bool(torch.stack(finite).all()))
+                overflow = overflow_elsewhere or not all_finite([m.values.floats for m in messages.values()])
                 for owner, pieces in enumerate(regions):
                     ids = [self._ids[p.name] for p in pieces]
                     parts = [messages[p.name].part(p.start, p.stop) for p in pieces]

@@ -241,9 +241,9 @@ class Sender(Member):
         operator = self._schedule.operator(name)
         draws: dict[str, torch.Generator | None] = {}
         if operator.draws:
-            draws["generator"] = self._generator(name, self.rank, x.device)
+            draws["generator"] = self._generator(name, self.rank)
         if operator.shared_draws:
-            draws["shared"] = self._generator(name, ALIKE, x.device)
+            draws["shared"] = self._generator(name, ALIKE)
         message = operator.encode(x, **draws) if other is None else operator.split(flat, other, x, **draws)
         if message.numel != x.numel():
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
@@ -264,10 +264,11 @@ class Sender(Member):
                 self._memory.rollback(name)
         return {name: p.flat for name, p in pending.items()}
 
-    def _generator(self, name: str, who: int, device: torch.device) -> torch.Generator:
+    def _generator(self, name: str, who: int) -> torch.Generator:
+        """On the CPU, also for tensors on a GPU: to ask a device for a seed would be to wait for it."""
         key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,12 @@ import torch
 _Result = TypeVar("_Result")
 
 
+def await_gpu() -> None:
+    """Wait until the current device has done what it was asked to; for clocks."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class SideStream:
     """Lets another thread use a GPU without queueing behind the kernels that this thread goes on to start."""
 
@@ -30,6 +36,7 @@ class SideStream:
         ready.record(torch.cuda.current_stream(device))
 
         def on_the_side() -> _Result:
+            torch.cuda.set_device(device)  # a thread begins with the first one, and would make a context there
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
                 result = work()

@@ -602,7 +602,7 @@ def test_what_is_out_of_range_is_told_the_range(make: Any, which: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("operator", EVERY, ids=repr)
 def test_gpu_messages_decode_alike_everywhere(operator: Operator) -> None:
-    x = torch.randn(5000, device="cuda")
+    x = torch.randn(5000, generator=torch.Generator().manual_seed(0)).cuda()
     message = operator.encode(x, generator=torch.Generator("cuda").manual_seed(0))
     assert message.device.type == "cuda"
     assert torch.allclose(message.decode().cpu(), Message.from_bytes(message.to_bytes()).decode(), atol=1e-6)

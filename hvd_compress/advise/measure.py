@@ -19,6 +19,7 @@ from ..ledger import Ledger
 from ..operators import Operator
 from ..pieces import in_buckets
 from ..reducer import Reducer
+from ..side_stream import await_gpu
 from ..wire import Message
 from .predict import BACKWARD, Candidate, Measurements
 
@@ -122,7 +123,7 @@ def _seconds_of(action: Callable[[], Any]) -> float:
         hvd.barrier()
         start = time.perf_counter()
         action()
-        _finish()
+        await_gpu()
         taken.append(time.perf_counter() - start)
     return _slowest(min(taken))
 
@@ -134,11 +135,6 @@ def _overlap(work: Workload, compute: float, exchange: float) -> float:
     work.distribute()
     exposed = max(0.0, _seconds_of(work.step) - compute)
     return min(1.0, max(0.0, exchange - exposed) / min(exchange, BACKWARD * compute))
-
-
-def _finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _slowest(seconds: float) -> float:
@@ -167,7 +163,7 @@ def _timed(tensor: Tensor) -> float:
     hvd.barrier()
     start = time.perf_counter()
     hvd.allreduce_(tensor, name="advise.allreduce", op=hvd.Sum)
-    _finish()
+    await_gpu()
     return time.perf_counter() - start
 
 
@@ -203,13 +199,13 @@ def _reduce(compression: GradientCompressor, gradients: Mapping[str, Tensor]) ->
     taken = []
     for _ in range(ROUNDS):
         tensors = {name: g.clone() for name, g in gradients.items()}  # they are given up
-        _finish()
+        await_gpu()
         hvd.barrier()
         ledger.reset()
         for name, tensor in tensors.items():
             reducer.add(name, tensor)
         reducer.reduce()
-        _finish()
+        await_gpu()
         taken.append(ledger.seconds["compress"])
     return _slowest(min(taken)), max(hvd.allgather_object(ledger.total.sent, name="advise"))
 

@@ -34,11 +34,13 @@ def uniform(n: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """n draws from [0, 1), on the device and of the dtype of ``like``: multiples of 2^−24 (float32), 2^−53 (float64).
 
     Args:
-        generator: says the seed of draws on the CPU, or makes those on a GPU.
+        generator: on the CPU it says the seed; one on a GPU makes the draws itself.
     """
-    if generator.device.type != "cpu":
-        return torch.rand(n, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
-    return uniform_of(draw_seed(generator), n, like.dtype).to(like.device)
+    if generator.device.type == "cpu" and like.device.type == "cpu":
+        return uniform_of(draw_seed(generator), n, like.dtype)
+    if generator.device.type == "cpu":
+        generator = torch.Generator(like.device).manual_seed(draw_seed(generator))
+    return torch.rand(n, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
 
 
 def uniform_of(seed: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -56,7 +58,7 @@ def uniform_by_torch(seed: int, n: int, dtype: torch.dtype) -> Tensor:
 
 def words(seed: int, count: int) -> Tensor:
     """The first ``count`` words, int64 ``[count]`` from 0 to 2^32 − 1."""
-    counter = torch.arange(-(-count // 4))
+    counter = torch.arange(-(-count // 4), device="cpu")
     a, b, c, d = counter & _WORD, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)
     low, high = seed & _WORD, seed >> 32
     for _ in range(_ROUNDS):

@@ -38,7 +38,7 @@ def random_signs(n: int, seed: int, device: torch.device) -> Tensor:
 
 def random_signs_by_torch(n: int, seed: int) -> Tensor:
     """See :func:`random_signs`: the bits of a seed's words, the lowest first."""
-    bits = words(seed, -(-n // 32)).unsqueeze(1) >> torch.arange(32) & 1
+    bits = words(seed, -(-n // 32)).unsqueeze(1) >> torch.arange(32, device="cpu") & 1
     return (bits * 2 - 1).to(torch.int8).reshape(-1)[:n]
 
 

@@ -16,7 +16,7 @@ def random_subset(numel: int, count: int, seed: int) -> Tensor:
     """
     if 4 * count > numel:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randperm(numel, generator=generator)[:count].sort().values
+        return torch.randperm(numel, generator=generator, device="cpu")[:count].sort().values
     # The first `count` different ones of a sequence of draws: every subset is equally likely, by symmetry.
     if native.is_here() and numel <= _SPARSEST * max(count, 256):  # the loop has a bit for each element
         return native.random_subset(seed, numel, count)

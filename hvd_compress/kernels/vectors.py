@@ -27,7 +27,7 @@ def is_finite(tensor: Tensor) -> Tensor:
     return is_finite_by_torch(tensor)
 
 
-_YES, _NO = torch.tensor(True), torch.tensor(False)  # made once, since it takes longer than many an answer
+_YES, _NO = torch.tensor([True, False], device="cpu").unbind()  # made once: that takes longer than many an answer
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
@@ -50,6 +50,11 @@ def none_is(vectors: Sequence[Tensor], number: float) -> bool:
     if native.serves(*vectors):
         return native.none_is(vectors, number)
     return bool(torch.cat([v != number for v in vectors]).all())
+
+
+def as_divisor(number: float, like: Tensor) -> Tensor:
+    """What a tensor like ``like`` is to be divided by: CUDA multiplies by the reciprocal of a plain number."""
+    return torch.full((), number, dtype=like.dtype, device=like.device)
 
 
 def add_at(flat: Tensor, indices: Tensor, values: Tensor, alpha: float = 1.0) -> None:
@@ -99,7 +104,7 @@ def sum_at_by_torch(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: f
         flat.zero_()
         for indices, values in parts:
             flat.index_add_(0, indices[which], values[which])
-        flat.div_(divisor)
+        flat.div_(as_divisor(divisor, flat))
 
 
 def subtract_at(flats: Sequence[Tensor], ranks: Sequence[Sparse], divisor: float = 1.0) -> None:

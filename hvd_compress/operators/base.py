@@ -104,7 +104,7 @@ def typical_error(operator: Operator, numel: int = 1 << 14) -> float:
     With error feedback the memory's energy is multiplied by about so much at each exchange: from 1 on it explodes,
     whatever the worst case's bound is.
     """
-    x = torch.randn(numel, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0), device="cpu")
     received = operator(x, generator=torch.Generator().manual_seed(1))
     return float((x - received).double().square().sum() / x.double().square().sum())
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers
+from ..kernels import as_divisor
 from ..wire import Floats, Message
 from .base import Operator, flatten
 
@@ -50,7 +51,8 @@ class CAT(Operator):
 
     def cost(self, k: Tensor, numel: int) -> Tensor:
         """C(k) in bits, float64, for k of ``numel`` elements."""
-        return self.overhead + self.packet * torch.ceil(k.double() * (32 + math.log2(numel)) / self.packet)
+        bits = k.double() * (32 + math.log2(numel))
+        return self.overhead + self.packet * torch.ceil(bits / as_divisor(self.packet, bits))
 
     def gamma(self, numel: int) -> float:
         """``max(m/d, C(1)/C(d))``, m the elements that fit into the first packet (derived here).
@@ -62,7 +64,7 @@ class CAT(Operator):
         if numel == 0:
             return 1.0
         first = max(1, min(numel, math.floor(self.packet / (32 + math.log2(numel)))))
-        one, all_ = self.cost(torch.tensor([1, numel]), numel).tolist()
+        one, all_ = self.cost(torch.tensor([1, numel], device="cpu"), numel).tolist()
         return max(first / numel, one / all_)
 
     def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers
-from ..kernels import draw_seed, hadamard, next_power_of_two, random_signs, round_by_chance, round_to_largest
+from ..kernels import (
+    as_divisor,
+    draw_seed,
+    hadamard,
+    next_power_of_two,
+    random_signs,
+    round_by_chance,
+    round_to_largest,
+)
 from ..wire import Message, Range, Symmetric
 from ..wire import Rotated as RotatedValues
 from .base import Quantizer, check_steps, flatten
@@ -75,7 +83,7 @@ class QSGD(Quantizer):
         else:
             rows = _rows(flat, self.bucket)
             scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
-            levels = round_by_chance(flat, 0.0, scale / s, self.bucket, -s, s, generator)
+            levels = round_by_chance(flat, 0.0, scale / as_divisor(s, scale), self.bucket, -s, s, generator)
         return Message(tuple(x.shape), None, Symmetric(levels, scale, s, self.bucket))
 
 
@@ -301,7 +309,7 @@ def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator
     """
     width = extremes[1] - extremes[0]
     extremes = torch.where(torch.isfinite(width * summed), extremes, torch.nan)
-    levels = round_by_chance(flat, extremes[0], (width / s).reshape(1), 0, 0, s, generator)
+    levels = round_by_chance(flat, extremes[0], (width / as_divisor(s, width)).reshape(1), 0, 0, s, generator)
     return Range(levels, extremes, s)
 
 

@@ -97,9 +97,10 @@ class Truncated(Quantizer):
         if fitted is not None:
             return torch.tensor(self.table(fitted), dtype=flat.dtype, device=flat.device)
         # A Laplace distribution's levels are in proportion to its scale, which need not leave the device.
-        normalised = torch.tensor(_cached_table(self), dtype=flat.dtype, device=flat.device)
         scale = fit_laplace(flat)
-        return normalised * torch.where(torch.isfinite(scale), scale, torch.nan)  # which receivers see everywhere
+        return _normalised(self, flat.dtype, flat.device) * torch.where(
+            torch.isfinite(scale), scale, torch.nan
+        )  # which receivers see everywhere
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ class TBQSGD(Truncated):
 
 
 @lru_cache
-def _cached_table(operator: Truncated) -> tuple[float, ...]:
-    return operator.table(Laplace())
+def _normalised(operator: Truncated, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(operator.table(Laplace()), dtype=dtype, device=device)
 
 
 def _mirrored(half: list[float], s: int) -> tuple[float, ...]:

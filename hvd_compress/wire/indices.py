@@ -107,7 +107,7 @@ def decode_indices_by_torch(unary: Tensor, fixed: Tensor, table: Tensor, dtype: 
 def _owners(table: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """For each element the position of its message, and where the non-empty messages start."""
     counts = table[:, 0]
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
     starts = (torch.cumsum(counts, 0) - counts)[counts > 0]
     return owner.to(device), starts.to(device)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WireError
-from ..kernels import Sparse, add_at, is_finite, random_subset, subtract_at, sum_at
+from ..kernels import Sparse, add_at, as_divisor, is_finite, random_subset, subtract_at, sum_at
 from .values import Floats, SymmetricRuns, Values
 
 
@@ -35,7 +35,7 @@ class Block:
 
     def indices(self, numel: int, count: int) -> Tensor:
         """Ascending int64 ``[count]`` on the CPU."""
-        return ((torch.arange(count) + self.start) % numel).sort().values
+        return ((torch.arange(count, device="cpu") + self.start) % numel).sort().values
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ class Message:
         """
         if self.indices is None:
             return Message((stop - start,), None, self.values.part(start, stop))
+        if (start, stop) == (0, self.numel):  # mostly; the search waits for a GPU
+            return Message((stop,), self.indices, self.values.part(0, len(self.values)))
         bounds = torch.tensor([start, stop]).to(self.indices)  # int32 ones are of less than 2^31 elements
         low, high = torch.searchsorted(self.indices, bounds).tolist()
         return Message((stop - start,), self.indices[low:high] - start, self.values.part(low, high))
@@ -236,7 +238,7 @@ def _add_up(messages: Sequence[Message], flat: Tensor, divisor: float) -> None:
     flat.zero_()
     for message in messages:
         message.add_to(flat)
-    flat.div_(divisor)
+    flat.div_(as_divisor(divisor, flat))
 
 
 def _subtract(messages: Sequence[Message], flat: Tensor, divisor: float) -> None:

@@ -114,7 +114,7 @@ class Table:
             [row.numel for row in rows],
             [row.sent for row in rows],
             coded,
-            torch.tensor(columns, dtype=torch.int64).reshape(-1, 4),
+            torch.tensor(columns, dtype=torch.int64, device="cpu").reshape(-1, 4),
             [row.level_bytes for row in rows],
             float_counts,
             [count * DTYPES[row.dtype].itemsize for count, row in zip(float_counts, rows, strict=True)],

@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..kernels import hadamard, look_up, look_up_runs, random_signs
+from ..kernels import as_divisor, hadamard, look_up, look_up_runs, random_signs
 
 _WORTH_A_TABLE = 1 << 12  # levels: fewer are computed in the time that it takes to make one
 
@@ -176,7 +176,7 @@ class Symmetric(Levels):
 
     def meaning(self, levels: Tensor) -> Tensor:
         """See :class:`Levels`; in buckets ``levels`` are all that there are."""
-        steps = (levels.to(self.parameters.dtype) - self.s) / self.s
+        steps = (levels.to(self.parameters.dtype) - self.s) / as_divisor(self.s, self.parameters)
         if not self.bucket:
             return self.parameters * steps  # in this order: finite, and the largest as it was
         whole = len(steps) // self.bucket
@@ -208,7 +208,8 @@ class Symmetric(Levels):
 @lru_cache
 def _steps(s: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """``(level − s) / s`` for each level."""
-    return (torch.arange(2 * s + 1, device=device).to(dtype) - s) / s
+    steps = torch.arange(2 * s + 1, device=device).to(dtype) - s
+    return steps / as_divisor(s, steps)
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ class Range(Levels):
     def meaning(self, levels: Tensor) -> Tensor:
         """See :class:`Levels`."""
         low, high = self.parameters[0], self.parameters[1]
-        return low + levels.to(self.parameters.dtype) * ((high - low) / self.s)
+        return low + levels.to(self.parameters.dtype) * ((high - low) / as_divisor(self.s, low))
 
 
 @dataclass(frozen=True)
