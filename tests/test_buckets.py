@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import horovod.torch as hvd
@@ -273,6 +275,73 @@ def one_gives_up() -> None:
 def test_an_exchange_that_is_given_up(world: World) -> None:
     world.run(all_give_up, 30)
     world.run(one_gives_up)
+
+
+@contextmanager
+def never_waiting(device: str) -> Iterator[None]:
+    """A context in which it is an error to wait for the GPU."""
+    if device != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def reduces_on(device: str) -> None:
+    """What a reducer makes on the CPU, on ``device``."""
+    plain, other = reducer(1.0), reducer(1.0)
+    for step in range(3):
+        for place, name in enumerate(reversed(SHAPES)):
+            plain.add(name, tensor(name, step))
+            there = tensor(name, step).to(device)
+            # With the last one a bucket departs, and its thread waits for the copy to the host.
+            with never_waiting(device if place + 1 < len(SHAPES) else "cpu"):
+                other.add(name, there)
+        expected, found = plain.reduce().sums, other.reduce().sums
+        for name in SHAPES:
+            assert found[name].device.type == device
+            assert torch.equal(found[name].cpu(), expected[name])
+            ours, theirs = plain.residual(name), other.residual(name)
+            assert ours is not None
+            assert theirs is not None
+            assert torch.equal(theirs.cpu(), ours)
+
+
+def compresses_on(device: str) -> None:
+    """Gradients handed over as Horovod does, but for the tickets' sum, which a Horovod without NCCL cannot make."""
+    averages: list[dict[str, torch.Tensor]] = []
+    for where in ("cpu", device):
+        model = torch.nn.ParameterDict(
+            {n: torch.nn.Parameter(torch.zeros(s, device=where)) for n, s in SHAPES.items()}
+        )
+        compression: Any = Compression.topk(k=5, dense_below=0, named_parameters=model.named_parameters())
+        for step in range(3):
+            contexts = {}
+            for place, (name, p) in enumerate(model.named_parameters()):
+                p.grad = tensor(name, step).to(where)
+                with never_waiting(
+                    where if step and place + 1 < len(SHAPES) else "cpu"
+                ):  # the first time, ranks meet
+                    ticket, contexts[name] = compression.compress(p.grad)
+                assert ticket.device.type == where
+            summed = torch.tensor([1.0, 1 / hvd.size()], device=where)
+            averages.append({name: compression.decompress(summed, c).cpu() for name, c in contexts.items()})
+    for expected, found in zip(averages[:3], averages[3:], strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
+
+
+def test_another_device_makes_the_same(world: World) -> None:
+    world.run(reduces_on, "cpu")
+    world.run(compresses_on, "cpu")
+
+
+@pytest.mark.gpu
+def test_gpu_reduces_to_the_same_and_never_waits(world: World) -> None:
+    world.run(reduces_on, "cuda")
+    world.run(compresses_on, "cuda")
 
 
 @pytest.mark.parametrize("cap", [0, -1.0, float("nan")])
