@@ -163,6 +163,8 @@ class GradientCompressor(Compressor):
         scaler = self.settings.grad_scaler
         if scaler is not None and not self._submitted:  # once a step, since it waits for the GPU
             self._scale = scaler.get_scale()
+        if not self._submitted:
+            self._dense_finite.clear()  # of a step without a compressed gradient, which asks nobody
         traffic = self.ledger.tensors[name]
         traffic.dense += tensor.nbytes
         self._submitted.add(name)

@@ -426,6 +426,8 @@ class HierarchicalReducer(Member):
             here = self._layout(*self._topology.place(self.rank))
             if (tuple(state["place"]), state["layout"]) != (self._place, here):
                 raise ValueError("the state is another rank's, or of other numbers of ranks on the nodes")
+        if self._inner is not None and state["inner"] is None:
+            raise ValueError("the state was saved before the first exchange: load it before that, too")
         if self._inner is not None and state["inner"] is not None:
             self._inner.load_state_dict(state["inner"])
         elif not self.is_open:

@@ -18,7 +18,7 @@ class Traffic:
 
     def __str__(self) -> str:
         if not (self.sent or self.node):
-            return "nothing sent; on a single rank, Horovod compresses nothing"
+            return "nothing sent: a single rank compresses nothing, and local SGD's ledger is optimizer.ledger"
         times = f"{self.ratio:.1f} times less than the {self.dense / 1e6:.2f} MB of Horovod alone"
         within = f", and {self.node / 1e6:.2f} MB more within the node" if self.node else ""
         return f"{self.sent / 1e6:.2f} MB sent, {times}{within}"

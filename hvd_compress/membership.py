@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -121,7 +122,7 @@ def check_named_parameters(
         raise ValueError(
             "named_parameters is empty; a generator can be used only once, so call model.named_parameters() anew"
         )
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise ValueError(f"parameter names must be unique, these are not: {', '.join(twice)}")
     return dict(pairs)

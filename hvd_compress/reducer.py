@@ -19,7 +19,7 @@ from .errors import PeerError, RankMismatchError, WireError
 from .horovod_exchange import HorovodExchange
 from .kernels import all_finite, as_divisor
 from .meeting import source_of
-from .sender import AFTER, Overflow, Pending, Sender
+from .sender import AFTER, Overflow, Pending, Sender, check_stamp, stamp
 from .side_stream import SideStream
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -61,7 +61,7 @@ class _Departed:
     """A bucket on its way."""
 
     names: list[str]  # in the order of the messages
-    step: int
+    stamp: int
     arrival: Future[_Arrived]
 
 
@@ -203,12 +203,12 @@ class Reducer(Sender):
             Exception: whatever :meth:`add` or packing raised on this rank.
         """
         with self._ledger.timed("compress"):
-            return self._reduce(self._round if step is None else step, divisor, overflow_elsewhere, minuends)
+            return self._reduce(stamp(self._round, step), divisor, overflow_elsewhere, minuends)
 
     def _reduce(
-        self, step: int, divisor: float, overflow_elsewhere: bool, minuends: Mapping[str, Tensor] | None
+        self, stamped: int, divisor: float, overflow_elsewhere: bool, minuends: Mapping[str, Tensor] | None
     ) -> Reduced:
-        self._depart_rest(step, overflow_elsewhere)
+        self._depart_rest(stamped, overflow_elsewhere)
         departed, self._departed = self._departed, []
         pending, _, failure = self._take()
         self._here.clear()
@@ -282,7 +282,7 @@ class Reducer(Sender):
         if self._watch is not None:
             self._watch.begin()
         try:
-            self._depart_rest(self._round, overflow=False)
+            self._depart_rest(stamp(self._round, None), overflow=False)
             wait(bucket.arrival for bucket in self._departed)
         finally:
             self._departed.clear()
@@ -297,24 +297,24 @@ class Reducer(Sender):
             place = len(self._departed)
             if not self._awaited[place] <= self._here:
                 return
-            self._depart(self._awaited[place], self._round)
+            self._depart(self._awaited[place], stamp(self._round, None))
 
-    def _depart_rest(self, step: int, overflow: bool) -> None:
+    def _depart_rest(self, stamped: int, overflow: bool) -> None:
         while (place := len(self._departed)) < len(self._buckets) - 1:
-            self._depart(self._awaited[place], self._round)
+            self._depart(self._awaited[place], stamp(self._round, None))
         if place < len(self._buckets):  # The last one takes along what was not awaited where it belongs.
-            self._depart(self._here - self._gone, step, energy=self._energy(), overflow=overflow)
+            self._depart(self._here - self._gone, stamped, energy=self._energy(), overflow=overflow)
 
-    def _depart(self, names: set[str], step: int, *, energy: float = 0.0, overflow: bool = False) -> None:
+    def _depart(self, names: set[str], stamped: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
         chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
         messages = [self._messages.pop(name) for name in chosen]
         device = messages[0].device if messages else torch.device("cpu")
         failure = None if self._failure is None else _story(self._failure)
-        own = wire.Packet(step, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
+        own = wire.Packet(stamped, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
         trip = partial(_travel, self._exchange, len(self._departed), own, device, self._called)
         arrival = self._worker.submit(self._side_stream.after_now(device, trip))
-        self._departed.append(_Departed(chosen, step, arrival))
+        self._departed.append(_Departed(chosen, stamped, arrival))
         self._gone.update(chosen)
 
     # Arrivals
@@ -350,10 +350,7 @@ class Reducer(Sender):
             raise PeerError("; ".join(failed))
         ids = [self._ids[name] for name in bucket.names]
         for rank, packet in by_rank:
-            if packet.round != bucket.step:
-                raise RankMismatchError(
-                    f"rank {rank} exchanges at step {packet.round}, this rank at step {bucket.step}"
-                )
+            check_stamp(rank, packet.round, bucket.stamp)
             if [*packet.ids] != ids:
                 different = {*packet.ids} ^ {*ids}
                 which = ", ".join(name for name, id in self._ids.items() if id in different)

@@ -35,7 +35,7 @@ from .operators.topk import largest
 from .pieces import Piece, cut, even_ends
 from .reducer import Reduced
 from .schedules import Plan
-from .sender import AFTER, Overflow, Pending, Sender
+from .sender import AFTER, Overflow, Pending, Sender, check_stamp, stamp
 from .wire import Floats, Message
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -129,7 +129,7 @@ class ScatteredReducer(Sender):
         self._watch.begin()
         try:
             with self._ledger.timed("compress"):
-                reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
+                reduced = self._reduce(stamp(self._round, step), divisor, overflow_elsewhere)
                 with self._alone():
                     return reduced.subtracted_from(minuends)
         finally:
@@ -228,6 +228,7 @@ class ScatteredReducer(Sender):
                     buffers.append(encoded.data)
                     for piece, share in zip(pieces, encoded.shares, strict=True):
                         shares[piece.name] = shares.get(piece.name, 0) + share
+                self._exchange.check(buffers)
             except Exception as error:
                 failure, shares = error, {}
         if failure is not None:
@@ -307,8 +308,7 @@ class ScatteredReducer(Sender):
             raise WireError(f"from rank {called}: {error}") from None
         if packet.failure is not None:
             return packet
-        if packet.round != step:
-            raise RankMismatchError(f"rank {called} exchanges at step {packet.round}, this rank at step {step}")
+        check_stamp(called, packet.round, step)
         if [*packet.ids] != [*ids] or [*packet.numels] != [len(piece) for piece in pieces]:
             names = ", ".join(name for name, id in self._ids.items() if id in {*packet.ids} ^ {*ids})
             raise RankMismatchError(f"rank {called} and this rank do not send the same tensors: {names}")

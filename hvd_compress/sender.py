@@ -11,11 +11,13 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
+from .errors import RankMismatchError
 from .horovod_exchange import HorovodExchange
 from .ledger import Ledger
 from .meeting import Member, Place, agree, meet, statement
 from .memory import Memory
 from .operators import Operator, working_dtype
+from .operators.base import apart
 from .schedules import Constant, Plan
 from .wire import Message
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job 
 
 _STATE_FORMAT = 2
 ALIKE, AFTER = -1, -2  # in place of a rank: draws that are the same on all, before and after the exchange
+
+_STEP_BITS = 40
 
 Overflow = list[tuple[int, str]]  # rank and name of what holds inf or NaN
 
@@ -128,12 +132,13 @@ class Sender(Member):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; on an error nothing has changed.
+        """Go on from ``state``; on an error nothing has changed, but for an exchange that had begun.
 
-        An exchange that has begun is given up: do it on all ranks, since it fails on those that go on with it.
+        That is given up: do it on all ranks, since it fails on those that go on with it.
 
         Raises:
-            ValueError: the state is of another format or schedule, or holds memories of other tensors than these.
+            ValueError: the state is of another format, schedule or kind of memory, or holds memories of other tensors
+                than these.
         """
         if state.get("format") != _STATE_FORMAT:
             raise ValueError(f"expected a compressor's state of format {_STATE_FORMAT}, got {state.get('format')!r}")
@@ -146,6 +151,8 @@ class Sender(Member):
                     f"{self._shapes[name].numel()}"
                 )
         schedule = self._schedule.state_dict()
+        if state["memory"] and tuple(state["rows"]) != tuple(self._memory.rows):
+            raise ValueError(f"the state was not saved with a memory like {self._memory!r}: it holds {state['rows']}")
         if schedule and state["schedule"].keys() != schedule.keys():
             raise ValueError(f"the state was not saved with a schedule like {self._operator!r}")
         saved_as = None if state["rank"] is None else (state["rank"], state["size"])
@@ -154,9 +161,9 @@ class Sender(Member):
             raise ValueError(
                 f"this is rank {here[0]} of {here[1]}, the state is rank {saved_as[0]}'s of {saved_as[1]}"
             )
-        self._spoilt = None
         self._drop()
         self._memory.load_state_dict(state["memory"])
+        self._failure = self._spoilt = None
         self._schedule.load_state_dict(state["schedule"])
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
@@ -215,6 +222,8 @@ class Sender(Member):
         is_small = flat.numel() < self._dense_below
         if is_small and not self._memory.covers_small:
             return Pending(own, compressed=False, remembered=False), Message.dense(flat.clone())
+        if not is_small and self._schedule.energy_of == "added":
+            self._energies[name] = flat.square().sum()
         try:
             if self._memory.only_adds:
                 x, other = self._memory.compensate(name, own)
@@ -223,7 +232,7 @@ class Sender(Member):
                 flat = x
             if other is None:
                 filled(flat, x)
-            elif is_small or self._schedule.needs_energy:
+            elif is_small or self._schedule.energy_of == "compressed":
                 torch.add(flat, other, out=x)
                 other = None
             message = Message.dense(x.clone()) if is_small else self._encode(name, flat, other, x)
@@ -236,7 +245,7 @@ class Sender(Member):
 
     def _encode(self, name: str, flat: Tensor, other: Tensor | None, x: Tensor) -> Message:
         """The message of x; of flat + other if there is another, of which x becomes what the message leaves."""
-        if self._schedule.needs_energy:
+        if self._schedule.energy_of == "compressed":
             self._energies[name] = x.square().sum()
         operator = self._schedule.operator(name)
         draws: dict[str, torch.Generator | None] = {}
@@ -244,7 +253,7 @@ class Sender(Member):
             draws["generator"] = self._generator(name, self.rank)
         if operator.shared_draws:
             draws["shared"] = self._generator(name, ALIKE)
-        message = operator.encode(x, **draws) if other is None else operator.split(flat, other, x, **draws)
+        message = apart(operator.encode(x, **draws), x) if other is None else operator.split(flat, other, x, **draws)
         if message.numel != x.numel():
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
         return message
@@ -288,6 +297,28 @@ def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
 def filled(flat: Tensor, own: Tensor) -> Tensor:
     """``own``, which now holds what ``flat`` does."""
     return own if own is flat else own.copy_(flat)
+
+
+def stamp(exchanges: int, step: int | None) -> int:
+    """One number of 64 bits that ranks compare: how many exchanges there have been, and the step (None for the same).
+
+    Both, since ranks may be at one step and yet have seen different exchanges succeed: a message may arrive damaged
+    on one of them.
+    """
+    return (exchanges << _STEP_BITS | (exchanges if step is None else step)) & (1 << 64) - 1
+
+
+def check_stamp(rank: int, theirs: int, ours: int) -> None:
+    """Raise RankMismatchError unless ``rank`` has the stamp that is this rank's."""
+    if theirs == ours:
+        return
+    (their_exchanges, their_step), (exchanges, step) = (divmod(s, 1 << _STEP_BITS) for s in (theirs, ours))
+    if their_step != step:
+        raise RankMismatchError(f"rank {rank} exchanges at step {their_step}, this rank at step {step}")
+    raise RankMismatchError(
+        f"rank {rank} has seen {their_exchanges} exchanges, this rank {exchanges}: one failed on some ranks alone, "
+        "and they differ since then. Load a checkpoint on all ranks"
+    )
 
 
 def _total(numbers: list[Tensor]) -> float:

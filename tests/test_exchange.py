@@ -451,6 +451,49 @@ def test_a_damaged_message(world: World) -> None:
     world.run(damaged)
 
 
+def damaged_on_one_rank(exchange: str) -> None:
+    """What one rank has received is not what was sent: the others go on, at the same step, without it."""
+    model = Vectors({"w": (60, 60)})
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=30, exchange=exchange, nodes=range(hvd.size())),
+    )
+
+    def step(which: int) -> None:
+        optimizer.zero_grad()
+        model({"w": gradient((60, 60), hvd.rank(), which)}).backward()
+        optimizer.step()
+
+    step(0)
+    reducer: Any = optimizer._average._reducer  # type: ignore[union-attr]
+    link = getattr(reducer, "_inner", reducer)._exchange
+    gather = link.allgatherv
+
+    def damaging(buffer: Any, place: int = 0) -> Any:
+        received = gather(buffer, place)
+        if hvd.rank() == 1:
+            received[0] = received[0].copy()
+            received[0][-1] ^= 1
+        return received
+
+    link.allgatherv = damaging
+    if hvd.rank() == 1:
+        with pytest.raises(WireError, match="checksum"):
+            step(1)
+    else:
+        step(1)
+    link.allgatherv = gather
+    for which in (2, 3):
+        with pytest.raises((RankMismatchError, PeerError), match=r"has seen \d exchanges, this rank"):
+            step(which)
+
+
+@pytest.mark.parametrize("exchange", ["allgather", "reduce_scatter", "hierarchical"])
+def test_a_message_that_is_damaged_on_its_way_to_one_rank(world: World, exchange: str) -> None:
+    world.run(damaged_on_one_rank, exchange)
+
+
 class Mutating:
     """An exchange whose second rank sends something else than it should."""
 
@@ -548,7 +591,7 @@ from mpi4py import MPI
 
 many = os.cpu_count()
 exchange.warn_of_few_cores(0, many)
-print("set, says nothing" if MPI.get_vendor()[0] == "Open MPI" else "not Open MPI")
+print("set, says nothing" if MPI.get_vendor()[0] == "Open MPI" else "not Open MPI", flush=True)
 del os.environ["OMPI_MCA_mpi_yield_when_idle"]
 for _ in range(2):
     exchange.warn_of_few_cores(0, many + 1)

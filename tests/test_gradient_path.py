@@ -18,9 +18,10 @@ from world import World
 from hvd_compress import Compression, PeerError, QsparseLocalSGD
 from hvd_compress import gradient as gradient_path
 from hvd_compress.compression import COMPRESSORS
-from hvd_compress.memory import Residual
-from hvd_compress.operators import TopK
+from hvd_compress.memory import DGC, EF21, Residual, TwoSided
+from hvd_compress.operators import Operator, TopK
 from hvd_compress.schedules import WarmUp
+from hvd_compress.wire import Message
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
 
@@ -857,6 +858,79 @@ def bad_states() -> None:
 @pytest.mark.ranks(2)
 def test_states_that_do_not_fit(world: World) -> None:
     world.run(bad_states)
+
+
+def test_a_state_of_another_kind_of_memory_is_refused_and_heals_nothing() -> None:
+    w = torch.nn.Parameter(torch.zeros(40, 50))
+
+    def make(memory: Any) -> Any:
+        return Compression.topk(k=3, memory=memory, named_parameters=[("w", w)])
+
+    saved = make(DGC).state_dict() | {"memory": {"w": torch.ones(2, 2000)}}  # velocity and accumulated
+    for other in (EF21, Residual, lambda: TwoSided(TopK(k=3))):
+        compression = make(other)
+        compression._reducer._spoilt = RuntimeError("this rank differs")
+        with pytest.raises(ValueError, match="memory like"):
+            compression.load_state_dict(saved)
+        with pytest.raises(RuntimeError, match="this rank differs"):
+            compression.state_dict()
+    make(DGC).load_state_dict(saved)
+
+
+class Whole(Operator):
+    """Sends what it is given, in its own storage."""
+
+    draws = False
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        return Message.dense(x)
+
+
+def sends_all(memory: Any) -> None:
+    model = torch.nn.Linear(40, 50, bias=False)
+    compression = Compression.of(Whole(), memory=memory, named_parameters=model.named_parameters())
+    for step in range(3):
+        model.weight.grad = torch.full((50, 40), 1.0 + hvd.rank() + step)
+        _, context = compression.compress(model.weight.grad)
+        mean = 1 + step + (hvd.size() - 1) / 2
+        assert torch.equal(
+            compression.decompress(torch.tensor([1.0, 1 / hvd.size()]), context), torch.full((50, 40), mean)
+        )
+
+
+@pytest.mark.parametrize("memory", ["residual", "none"])
+def test_an_operator_may_send_the_storage_that_it_was_given(world: World, memory: str) -> None:
+    world.run(sends_all, memory)
+
+
+def overflows_without_an_exchange() -> None:
+    """Two parts of a model with an optimizer each; the first has no tensor that is compressed."""
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(4, 2), "body": torch.nn.Linear(60, 60)})
+    compression = Compression.topk(k=30, named_parameters=model.named_parameters())
+    head, body = (
+        hvd.DistributedOptimizer(
+            torch.optim.SGD(model[part].parameters(), lr=0.1),
+            named_parameters=[(f"{part}.{n}", p) for n, p in model[part].named_parameters()],
+            compression=compression,
+        )
+        for part in ("head", "body")
+    )
+
+    def step(part: str, optimizer: Any, scale: float) -> None:
+        optimizer.zero_grad()
+        (scale * model[part](torch.ones(1, model[part].in_features))).sum().backward()
+        optimizer.synchronize()
+
+    step("head", head, math.inf)
+    for _ in range(3):
+        step("head", head, 1.0)
+    assert len(compression._dense_finite) == 2  # of one step
+    step("body", body, 1.0)
+    assert compression.state_dict()["memory"]["body.weight"].any()
+
+
+def test_an_overflow_spoils_no_later_step(world: World) -> None:
+    world.run(overflows_without_an_exchange)
 
 
 def clipped_too_early(set_to_none: bool) -> None:

@@ -305,6 +305,31 @@ def adapts(plan: str) -> tuple[list[tuple[Operator, ...]], list[int]]:
     return asked, sent[:16]
 
 
+def stays_low(high: float) -> list[float]:
+    """The ratios of Accordion while gradients are drawn from one distribution."""
+    model = Vectors({"w": (10_000,)})
+    settings: dict[str, Any] = {"named_parameters": model.named_parameters(), "dense_below": 0}
+    compression = Compression.accordion(high=high, low=0.01, interval=10, **settings)
+    optimizer: Any = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+    )
+    ratios = []
+    for step in range(100):
+        optimizer.zero_grad()
+        model({"w": gradient((10_000,), hvd.rank(), step)}).backward()
+        optimizer.step()
+        ratios.append(compression._reducer._schedule.operator("w").ratio)  # type: ignore[union-attr]
+    return ratios
+
+
+@pytest.mark.parametrize("high", [0.25, 1.0])
+def test_accordion_does_not_take_its_memory_for_a_change_of_gradients(world: World, high: float) -> None:
+    """The memory grows at the low ratio and is sent at the high one, however little gradients change."""
+    assert all(set(ratios[20:]) == {0.01} for ratios in world.run(stays_low, high))
+
+
 @pytest.mark.ranks(2, 3)
 @pytest.mark.parametrize("plan", PLANS)
 def test_ranks_agree_resume_and_adapt(world: World, plan: str) -> None:

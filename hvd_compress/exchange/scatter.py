@@ -20,17 +20,18 @@ class Scatter(Exchange):
         self.sent += numbers.nbytes
         return total
 
-    def alltoall(self, buffers: Sequence[Bytes]) -> list[Bytes]:
-        """What each rank has for this one, in rank order, given what this one has for each. Collective.
-
-        A buffer for oneself is handed back as it is.
-
-        Raises:
-            OverflowError: a buffer has more than 2^31 − 1 bytes; on this rank only.
-        """
+    @staticmethod
+    def check(buffers: Sequence[Bytes]) -> None:
+        """Raise OverflowError if one is longer than MPI carries; before :meth:`alltoall`, so that others are told."""
         for rank, buffer in enumerate(buffers):
             if buffer.nbytes > LIMIT:
                 raise OverflowError(f"the message to rank {rank} has {buffer.nbytes} bytes, MPI carries {LIMIT}")
+
+    def alltoall(self, buffers: Sequence[Bytes]) -> list[Bytes]:
+        """What each rank has for this one, in rank order, given what this one has for each. Collective.
+
+        A buffer for oneself is handed back as it is. The others are those that :meth:`check` lets pass.
+        """
         lengths = np.array([buffer.nbytes for buffer in buffers], np.int64)
         expected = np.empty_like(lengths)
         self._communicator.Alltoall(lengths, expected)

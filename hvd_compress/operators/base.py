@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -58,7 +59,7 @@ class Operator(ABC):
         Returns:
             The message, whose indices may be int32.
         """
-        message = self.encode(torch.add(x, other, out=out), **draws)
+        message = apart(self.encode(torch.add(x, other, out=out), **draws), out)
         message.add_to(out, alpha=-1)
         return message
 
@@ -96,6 +97,13 @@ class Quantizer(Operator):
         if beta >= 1:
             raise NotImplementedError(f"{self} is no contraction for {numel} elements: β = {beta:.4g} ≥ 1")
         return 1 - beta
+
+
+def apart(message: Message, x: Tensor) -> Message:
+    """``message``, with numbers of its own if it has those of ``x``, which is about to change."""
+    if message.values.floats.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+        return message
+    return replace(message, values=message.values.times(1))
 
 
 def typical_error(operator: Operator, numel: int = 1 << 14) -> float:

@@ -17,7 +17,7 @@ class Accordion(Plan):
     """Top-k with a high ratio while gradients change much, and a low one while they do not.
 
     Accordion (arXiv 2010.16248): high if ``|‖Δ_before‖ − ‖Δ‖| / ‖Δ_before‖ ≥ threshold``, Δ what was accumulated over
-    an interval; here its squared norm is the sum of the exchanges' energies.
+    an interval; here its squared norm is the sum of the exchanges' energies, of gradients alone, without memory.
 
     Args:
         high: ratio in critical times, and at the start.
@@ -51,6 +51,9 @@ class Accordion(Plan):
 
 class AccordionSchedule(Schedule):
     """See :class:`Accordion`."""
+
+    # With the memory's, every switch to the low ratio, after which the memory grows, would look like a critical time.
+    energy_of = "added"
 
     def __init__(self, plan: Accordion) -> None:
         # Configuration

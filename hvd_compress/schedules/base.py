@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ..operators import Operator
 
@@ -16,8 +16,9 @@ from ..operators import Operator
 class Schedule(ABC):
     """The state of one reducer's plan."""
 
-    needs_energy = True
-    """Whether :meth:`advance` makes use of the energy, which costs a pass over the tensors."""
+    energy_of: Literal["compressed", "added", "nothing"] = "compressed"
+    """Whose energy :meth:`advance` makes use of, which costs a pass over the tensors: of what is compressed, memory
+    included, or of what was added to it; or of nothing, since it does not."""
 
     @abstractmethod
     def operator(self, name: str) -> Operator:
@@ -28,8 +29,8 @@ class Schedule(ABC):
         """An exchange has taken place.
 
         Args:
-            energy: mean over ranks of the squared norm of all compressed tensors, memory included: the G_t of the
-                paper. The same float on all ranks; not finite after an overflow.
+            energy: mean over ranks of the squared norm of all tensors that :attr:`energy_of` speaks of; with memory,
+                the G_t of Adaptive Top-K. The same float on all ranks; not finite after an overflow.
             kept: elements of all compressed tensors that were sent by the rank that sent most. The same on all ranks.
         """
 
@@ -53,7 +54,7 @@ class Plan(ABC):
 class Constant(Schedule):
     """One operator throughout."""
 
-    needs_energy = False
+    energy_of = "nothing"
 
     def __init__(self, operator: Operator) -> None:
         self._operator = operator

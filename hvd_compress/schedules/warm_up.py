@@ -64,7 +64,7 @@ class WarmUp(Plan):
 class WarmUpSchedule(Schedule):
     """See :class:`WarmUp`."""
 
-    needs_energy = False
+    energy_of = "nothing"
 
     def __init__(self, plan: WarmUp) -> None:
         # Configuration
