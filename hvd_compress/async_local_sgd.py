@@ -17,7 +17,7 @@ from .local_sgd import check_period
 from .membership import check_process_set, members
 from .memory import DGC
 from .remote import Pace, RemoteModel
-from .wrapped import Wrapped, checksum, load_together
+from .wrapped import Wrapped, checksum, load_together, model_of, moved
 
 ASYNC_STATE_KEY = "async_qsparse_local_sgd"
 
@@ -133,9 +133,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             seed=settings.seed,
             ledger=self._ledger,
         )
-        self._anchors = {  # x_r, as contiguous copies
-            name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self._parameters.items()
-        }
+        self._anchors = model_of(self._parameters)  # x_r
         self._steps = 0
         self._last_sync = 0
         self._saved: dict[str, Any] | None = None  # the server's state that was loaded
@@ -296,11 +294,11 @@ class AsyncQsparseLocalSGD(Wrapped):
     def _exchange(self) -> None:
         for name, anchor in self._anchors.items():
             try:
-                moved = anchor - self._parameters[name].detach()
+                movement = moved(anchor, self._parameters[name])
             except Exception as error:
                 self._model.let_fail(error)  # the others may wait for this rank
                 break
-            self._model.add(name, moved)
+            self._model.add(name, movement)
         self._last_sync = self._steps
         try:
             self._model.exchange(self._steps, self._anchors)

@@ -64,7 +64,7 @@ class CompressedAverage:
             Exception: whatever ``moved`` raised.
         """
         sums = self._reduce(moved, step, None).sums
-        return {n: sums[n].view(p.shape).to(p.dtype) for n, p in self._parameters.items()}
+        return {n: sums[n].view(p.shape) for n, p in self._parameters.items()}
 
     def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
         """Subtract it from ``anchors``, contiguous and by name, in place.
@@ -117,7 +117,7 @@ class HorovodAverage:
         parameters: Mapping[str, torch.nn.Parameter],
     ) -> None:
         self.ledger = Ledger()
-        self._names = list(parameters)
+        self._dtypes = {name: p.dtype for name, p in parameters.items()}
         self._compression = compression
         self._process_set = process_set or hvd.global_process_set
 
@@ -140,9 +140,10 @@ class HorovodAverage:
             RankMismatchError: ranks are at different steps; every rank raises.
         """
         self._check(step)
-        moves = {name: moved(name) for name in self._names}
-        compressed, contexts = zip(*map(self._compression.compress, map(for_horovod, moves.values())), strict=True)
-        for name, tensor in zip(self._names, compressed, strict=True):
+        moves = {name: moved(name) for name in self._dtypes}
+        sent = [for_horovod(moves[name].to(dtype)) for name, dtype in self._dtypes.items()]
+        compressed, contexts = zip(*map(self._compression.compress, sent), strict=True)
+        for name, tensor in zip(self._dtypes, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1
         with self.ledger.timed("exchange"):
@@ -151,7 +152,7 @@ class HorovodAverage:
             )
         result = {
             name: self._compression.decompress(average, context).to(moves[name].dtype)
-            for name, average, context in zip(self._names, averages, contexts, strict=True)
+            for name, average, context in zip(self._dtypes, averages, contexts, strict=True)
         }
         if not all_finite(list(result.values())):  # of the same numbers on all ranks
             raise _not_finite([name for name, average in result.items() if not bool(is_finite(average))])

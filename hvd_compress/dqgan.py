@@ -55,6 +55,6 @@ class DQGAN(QsparseLocalSGD):
         )
 
     def _lead(self, name: str) -> Tensor:
-        stepped = self._starts[name] - self._parameters[name].detach()
+        stepped = self._moved(name)
         residual = super()._lead(name)
         return stepped if residual is None else residual + stepped

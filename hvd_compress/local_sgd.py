@@ -17,7 +17,7 @@ from .errors import NonFiniteError
 from .gradient import GradientCompressor
 from .ledger import Ledger
 from .membership import check_process_set
-from .wrapped import Wrapped, checksum, load_together
+from .wrapped import Wrapped, checksum, load_together, model_of, moved
 
 STATE_KEY = "qsparse_local_sgd"
 
@@ -95,9 +95,7 @@ class QsparseLocalSGD(Wrapped):
         if look_ahead and compression not in (hvd.Compression.none, hvd.Compression.fp16):
             self._average.residual("")  # complains of a memory that is no residual
         # State
-        self._anchors = {  # x_sync, as contiguous copies
-            name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self._parameters.items()
-        }
+        self._anchors = model_of(self._parameters)  # x_sync
         self._starts = dict(self._anchors)  # where the local steps began: the same tensors, unless looked ahead
         self.outer = None if outer is None else _outer(outer, list(self._anchors.values()))
         self._local_steps = 0  # since the last exchange
@@ -268,7 +266,7 @@ class QsparseLocalSGD(Wrapped):
 
     def _moved(self, name: str) -> Tensor:
         """By how much the local steps have moved a parameter, downwards."""
-        return self._starts[name] - self._parameters[name].detach()
+        return moved(self._starts[name], self._parameters[name])
 
     def _lead(self, name: str) -> Tensor | None:
         """By how much the next local steps of a parameter start ahead of x_sync; None for nothing.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .membership import check_named_parameters
+from .operators import working_dtype
 from .settings import Settings
 
 
@@ -175,3 +176,16 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
     for tensor in tensors.values():
         crc = zlib.crc32(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data, crc)
     return f"{crc:08x}"
+
+
+def model_of(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    """Contiguous copies, in the working dtype: what is less than a step of a 16-bit parameter adds up there."""
+    return {
+        name: p.detach().to(working_dtype(p.dtype), memory_format=torch.contiguous_format, copy=True)
+        for name, p in parameters.items()
+    }
+
+
+def moved(start: Tensor, p: torch.nn.Parameter) -> Tensor:
+    """By how much ``p`` has moved downwards since it was set to ``start``, and rounded by that; like ``start``."""
+    return start.to(p.dtype).to(start.dtype) - p.detach()

@@ -17,6 +17,7 @@ from torch import Tensor
 from world import World
 
 from hvd_compress import (
+    AsyncQsparseLocalSGD,
     Compression,
     NonFiniteError,
     PeerError,
@@ -909,6 +910,39 @@ def divergence_through_horovod(compression: Any) -> None:
 @pytest.mark.parametrize("name", ["none", "fp16"])
 def test_a_rank_that_diverges_spoils_nothing_through_horovod_either(world: World, name: str) -> None:
     world.run(divergence_through_horovod, getattr(hvd.Compression, name))
+
+
+def steps_of_half_an_ulp(dtype: torch.dtype, kind: str) -> None:
+    """Each rank moves elements of its own by one ulp, so that the mean is half of one."""
+    ulp = torch.finfo(dtype).eps / 2  # below 1
+    w = torch.nn.Parameter(torch.ones(64, dtype=dtype))
+    compression = Compression.topk(k=8, dense_below=0)
+    settings: dict[str, Any] = {"named_parameters": [("w", w)], "compression": compression}
+    sgd = torch.optim.SGD([w], lr=1.0)
+    if kind == "outer":
+        settings["outer"] = lambda x: torch.optim.SGD(x, lr=1.0)
+    optimizer: Any = (
+        AsyncQsparseLocalSGD(sgd, **settings, sync_every=1, mode="logical", total_steps=64)
+        if kind == "asynchronous"
+        else QsparseLocalSGD(sgd, **settings, sync_every=1)
+    )
+    for step in range(64):
+        gradient = torch.zeros(64)
+        gradient[8 * ((step + hvd.rank()) % 8) :][:8] = ulp
+        w.grad = gradient.to(dtype)
+        optimizer.step()
+    if kind == "asynchronous":
+        optimizer.finish()
+    assert torch.equal(optimizer._anchors["w"], torch.full((64,), 1 - 8 * ulp))
+    assert w.dtype == dtype
+    assert torch.equal(w.detach(), optimizer._anchors["w"].to(dtype))
+
+
+@pytest.mark.parametrize("kind", ["synchronous", "outer", "asynchronous"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_16_bits_cannot_hold_adds_up(world: World, dtype: torch.dtype, kind: str) -> None:
+    """Rounded away from a model that the ranks share, it would be gone: no memory knows of it."""
+    world.run(steps_of_half_an_ulp, dtype, kind)
 
 
 def bfloat16_through_horovod() -> None:
