@@ -16,7 +16,8 @@ class Residual(Memory):
 
     ``p = decay · m + x``, send ``C(p)``, ``m ← p − C(p)``: with decay 1, Qsparse-local-SGD (arXiv 1906.02367),
     Algorithm 1, lines 8 and 10, and EF-SGD (arXiv 1901.09847), Algorithm 2; below 1, SparseLoCo (arXiv 2508.15706).
-    The memory is in the units of what it is given: gradients on the gradient path, parameters under local SGD.
+    The memory is in the units of what it is given: gradients on the gradient path, parameters under local SGD. So on
+    the gradient path it is EF-SGD's while the learning rate stays: what waits when that changes gets the new one.
 
     Args:
         decay: part of the memory that is kept at each exchange, 0 < decay ≤ 1. Below 1 what has waited long counts

@@ -41,7 +41,9 @@ class HardThreshold(Plan):
         smallest: part of the average that every exchange gets at least; k_min, but at least one element a tensor.
         largest: multiple of k̄ that an exchange gets at most, ≥ 1. It keeps one exchange from spending the budget
             while λ is still wrong, and the step of ln λ below ``rate · (largest − 1)``.
-        rate: how fast λ follows. Slow, k follows the gradients; fast, k stays near the average.
+        rate: how fast λ follows; slow, k follows the gradients. A step of ln λ changes ln k by ½ ln(d/k) times as
+            much (Laplace), so that from 4/ln(d/k) on, 0.87 at 1 % and 0.58 at 0.1 %, λ overshoots for ever and k
+            swings between its limits; with memory from about half of that on. The budget holds all the same.
 
     Raises:
         ValueError: an argument out of its range.
