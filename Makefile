@@ -18,7 +18,7 @@ help: ## show this list
 env: ## make .venv: torch, MPI, Horovod, this project (the first time: about 10 minutes, 8 GB)
 	@$(BOOTSTRAP)
 
-demo: env ## train on 2 ranks, uncompressed and compressed, and compare
+demo: env ## train on 2 ranks, compressed, then uncompressed, and compare
 	@$(BOOTSTRAP) --mpirun 2 .venv/bin/python examples/imagenet_resnet50.py --compare $(ARGS)
 
 test: ## run the tests
