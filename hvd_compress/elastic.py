@@ -101,7 +101,8 @@ class ElasticState(TorchState):
 
     Args:
         model: as for ``TorchState``.
-        optimizer: as for ``TorchState``, or :class:`QsparseLocalSGD`. New ranks get the first rank's momentum.
+        optimizer: as for ``TorchState``, or :class:`QsparseLocalSGD`. When ranks have come or died, all get the
+            first rank's momentum; where some have only left, each keeps its own.
         kwargs: as for ``TorchState``; compressors among them.
     """
 
