@@ -625,9 +625,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--without-mpi", action="store_true", help="leave MPI out (hvd-compress itself needs it)")
     parser.add_argument("--without-gloo", action="store_true", help="leave Gloo out (horovodrun --gloo needs it)")
-    gpu = parser.add_argument_group(
-        "GPUs", "Without these options tensors on a GPU travel through the host's memory."
-    )
+    gpu = parser.add_argument_group("GPUs", "Without these options Horovod takes no tensors that lie on a GPU.")
     gpu.add_argument(
         "--gpu-operations",
         choices=("NCCL", "MPI"),
