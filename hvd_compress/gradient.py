@@ -26,7 +26,7 @@ from .exchanges import AnyReducer, reducer
 from .horovod_exchange import for_horovod
 from .kernels import is_finite
 from .ledger import Ledger
-from .membership import check_named_parameters, link
+from .membership import check_horovod_takes, check_named_parameters, link
 from .operators import working_dtype
 from .settings import Settings
 
@@ -90,10 +90,11 @@ class GradientCompressor(Compressor):
             What Horovod is to sum, and the context for :meth:`decompress`.
 
         Raises:
-            RuntimeError: no parameters were bound, or this is not a gradient of one of them.
             NotImplementedError: Horovod was asked for what cannot work with compression (``op=hvd.Adasum``, a
                 sparse gradient in a group).
             RankMismatchError: at the first call, when ranks differ.
+            RuntimeError: no parameters were bound, or this is not a gradient of one of them; or it is on a GPU, and
+                Horovod was built without.
         """
         if tensor.requires_grad:
             raise NotImplementedError(
@@ -158,6 +159,7 @@ class GradientCompressor(Compressor):
     def _take_in(self, tensor: Tensor) -> tuple[Tensor, Any]:
         reducer, name = self._owner(tensor)
         if not reducer.is_open:
+            check_horovod_takes(tensor.device)
             by, ranks = link(self.settings.process_set, self.settings.communicator)
             reducer.open(by, ranks, self._expects(), self.settings.timeout)
         scaler = self.settings.grad_scaler

@@ -72,6 +72,15 @@ def _taking_part(process_set: hvd.ProcessSet | None) -> hvd.ProcessSet:
     return process_set
 
 
+def check_horovod_takes(device: torch.device) -> None:
+    """Raise RuntimeError if Horovod was built for CPUs alone: it lets a tensor on a GPU wait for ever."""
+    if device.type == "cuda" and not (hvd.cuda_built() or hvd.rocm_built()):
+        raise RuntimeError(
+            f"gradients are on {device}, and this Horovod was built for CPUs alone, which no gradient or ticket on a "
+            "GPU gets through: build it with python scripts/build_horovod.py --install --nccl (docs/install.md)"
+        )
+
+
 def node_process_set(nodes: Sequence[int] | None = None, communicator: MPI.Intracomm | None = None) -> hvd.ProcessSet:
     """The process set of the ranks on this rank's node. Collective over all ranks; call it once.
 

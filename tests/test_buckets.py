@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import horovod.torch as hvd
 import pytest
@@ -16,6 +17,7 @@ from world import World
 
 from hvd_compress import Compression, PeerError, QsparseLocalSGD
 from hvd_compress.ledger import Ledger
+from hvd_compress.membership import check_horovod_takes
 from hvd_compress.memory import Residual
 from hvd_compress.operators import TopK
 from hvd_compress.pieces import in_buckets
@@ -322,9 +324,9 @@ def compresses_on(device: str) -> None:
             contexts = {}
             for place, (name, p) in enumerate(model.named_parameters()):
                 p.grad = tensor(name, step).to(where)
-                with never_waiting(
-                    where if step and place + 1 < len(SHAPES) else "cpu"
-                ):  # the first time, ranks meet
+                quiet = where if step and place + 1 < len(SHAPES) else "cpu"  # the first time, ranks meet
+                # Horovod, whatever it was built for, is asked for nothing here.
+                with mock.patch.object(hvd, "cuda_built", return_value=True), never_waiting(quiet):
                     ticket, contexts[name] = compression.compress(p.grad)
                 assert ticket.device.type == where
             summed = torch.tensor([1.0, 1 / hvd.size()], device=where)
@@ -342,6 +344,17 @@ def test_another_device_makes_the_same(world: World) -> None:
 def test_gpu_reduces_to_the_same_and_never_waits(world: World) -> None:
     world.run(reduces_on, "cuda")
     world.run(compresses_on, "cuda")
+
+
+def test_a_horovod_for_cpus_alone_is_told_from_one_for_gpus() -> None:
+    check_horovod_takes(torch.device("cpu"))
+    with mock.patch.object(hvd, "cuda_built", return_value=True):
+        check_horovod_takes(torch.device("cuda", 1))
+    with (
+        mock.patch.object(hvd, "cuda_built", return_value=False),
+        pytest.raises(RuntimeError, match=r"cuda:1.*--nccl"),
+    ):
+        check_horovod_takes(torch.device("cuda", 1))
 
 
 @pytest.mark.parametrize("cap", [0, -1.0, float("nan")])
