@@ -173,6 +173,15 @@ def test_receivers_are_told_of_what_they_would_make_inf(operator: Operator, larg
     assert largest > 1e30 or bool(message.is_finite())
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_summed_may_all_be_near_one_extreme(seed: int) -> None:
+    """The four rotated elements are all 1.7e38 or all −1.7e38: their range is zero, their sum infinite."""
+    x = torch.tensor([-3.4028235e38, 1.0, 0.0])
+    for operator in (Rotated(bits=4), OneBit()):
+        message = operator.encode(x, generator=torch.Generator().manual_seed(seed))
+        assert bool(message.is_finite()) == bool(torch.isfinite(message.decode()).all())
+
+
 @pytest.mark.parametrize("sparsifier", [RandK(k=50, shared=True), RandomBlock(k=50)])
 def test_what_is_shared_chooses_and_does_not_round(sparsifier: Operator) -> None:
     x = torch.tensor([0.5, 1.0]).repeat(50)

@@ -308,7 +308,9 @@ def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator
     Where receivers would get inf from finite extremes, adding up ``summed`` of the values, they get NaN from NaN.
     """
     width = extremes[1] - extremes[0]
-    extremes = torch.where(torch.isfinite(width * summed), extremes, torch.nan)
+    # All that is summed may be near one extreme, however near the two are to each other.
+    largest = extremes.abs().amax() * 2 * summed if summed > 1 else width
+    extremes = torch.where(torch.isfinite(largest), extremes, torch.nan)
     levels = round_by_chance(flat, extremes[0], (width / as_divisor(s, width)).reshape(1), 0, 0, s, generator)
     return Range(levels, extremes, s)
 
