@@ -263,6 +263,18 @@ def test_unbiased_inside_the_cut(kind: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("scale", [2.0**-900, 2.0**-260, 2.0**260, 2.0**900])
+def test_a_power_law_in_any_unit(kind: Any, bits: int, scale: float) -> None:
+    """Powers of the elements leave a float64's range. A power of two as unit changes no bit."""
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    received, scaled = (
+        kind(bits=bits, model="power")(unit * x, generator=torch.Generator().manual_seed(1)) for unit in (1.0, scale)
+    )
+    assert torch.allclose(scaled / scale, received, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ALL)
 def test_zero_level_keeps_zeros(kind: Any) -> None:
     x = torch.randn(100, generator=torch.Generator().manual_seed(0))
     x[::3] = 0

@@ -16,7 +16,7 @@ import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -95,7 +95,10 @@ class Truncated(Quantizer):
         """The levels for this tensor, on its device."""
         fitted = fit_power_law(flat) if self.model == "power" else None
         if fitted is not None:
-            return torch.tensor(self.table(fitted), dtype=flat.dtype, device=flat.device)
+            # Levels are in proportion to g_min, whose powers may leave a float64's range.
+            unit = replace(fitted, g_min=1.0, largest=fitted.largest / fitted.g_min)
+            table = [fitted.g_min * level for level in self.table(unit)]
+            return torch.tensor(table, dtype=flat.dtype, device=flat.device)
         # A Laplace distribution's levels are in proportion to its scale, which need not leave the device.
         scale = fit_laplace(flat)
         return _normalised(self, flat.dtype, flat.device) * torch.where(
