@@ -251,6 +251,24 @@ def test_sign_by_lemma_3(m: float, scale: float) -> None:
         assert error == pytest.approx(energy - l1**2 / 50)
 
 
+@pytest.mark.parametrize(
+    "operator", [QSGD(bits=4, norm="l2"), QSGD(bits=4, norm="l2", bucket=2), OneBit(), Sign(m=1), Sign(m=2)]
+)
+@pytest.mark.parametrize("scale", [2.0**-700, 2.0**700])
+def test_norms_of_float64_in_any_unit(operator: Operator, scale: float) -> None:
+    """Squares of the elements leave a float64's range. A power of two as unit changes no bit."""
+    x = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.0, 0.0, 1e-3, 5e-4], dtype=torch.float64)
+    received, scaled = (operator(unit * x, generator=torch.Generator().manual_seed(0)) for unit in (1.0, scale))
+    assert received.any()
+    assert torch.equal(scaled / scale, received)
+
+
+def test_each_row_of_float64_has_its_own_unit() -> None:
+    x = torch.tensor([3e200, 4e200, 3e-200, 4e-200, 0.0, 0.0], dtype=torch.float64)
+    scales = QSGD(bits=4, norm="l2", bucket=2).encode(x).values.floats
+    assert torch.allclose(scales, torch.tensor([5e200, 5e-200, 0.0], dtype=torch.float64), rtol=1e-15, atol=0)
+
+
 @pytest.mark.parametrize("quantizer", [QSGD(bits=4), Sign(), Sign(m=2)])
 def test_nothing_is_composed_without_loss(quantizer: Quantizer) -> None:
     assert compose(TopK(k=3), quantizer).gamma(0) == 1.0

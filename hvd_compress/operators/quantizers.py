@@ -285,12 +285,13 @@ def _norm(x: Tensor, m: float, dim: int | None = None) -> Tensor:
         return x.new_zeros(())
     if m == 1 and dim is None:
         return x.abs().sum()  # pairwise
-    if m <= 2:
+    if m <= 2 and x.dtype != torch.float64:
         return torch.linalg.vector_norm(x, ord=m, dim=dim, dtype=torch.float64).to(x.dtype)
-    # Higher powers of what is not near 1 leave a float64's range.
-    largest = x.abs().amax()
+    # Higher powers of what is not near 1 leave a float64's range; of its own elements, squares do.
+    largest = x.abs().amax(() if dim is None else dim, keepdim=True)
     unit = torch.where(largest > 0, largest, 1.0)
-    return (unit * torch.linalg.vector_norm(x / unit, ord=m, dim=dim, dtype=torch.float64)).to(x.dtype)
+    norm = unit * torch.linalg.vector_norm(x / unit, ord=m, dim=dim, keepdim=True, dtype=torch.float64)
+    return norm.squeeze(dim or 0).to(x.dtype)
 
 
 def _rows(flat: Tensor, bucket: int) -> Tensor:
