@@ -86,15 +86,15 @@ class Settings:
         return self.exchange == "hierarchical" and is_one_node
 
     def _check_feedback(self, memory: Memory) -> None:
-        if not isinstance(self.operator, Quantizer | Composed):
-            return
-        error = typical_error(self.operator) if memory.feeds_back else 0.0
-        if error >= 1:
-            raise ValueError(
-                f"{self.operator!r} errs by {error:.3g} times the energy of what it is given, and {memory!r} gives "
-                "that back to it, so that it would explode: use more bits, norm='max', a smaller bucket=…, "
-                "scaled=True behind a sparsifier, or memory='none'"
-            )
+        fed_back = {repr(of): of for of in ((self.operator,) if memory.feeds_back else ()) + memory.operators}
+        for operator in fed_back.values():
+            error = typical_error(operator) if isinstance(operator, Quantizer | Composed) else 0.0
+            if error >= 1:
+                raise ValueError(
+                    f"{operator!r} errs by {error:.3g} times the energy of what it is given, and {memory!r} gives "
+                    "that back to it, so that it would explode: use more bits, norm='max', a smaller bucket=…, "
+                    "scaled=True behind a sparsifier, or memory='none'"
+                )
 
 
 def _are_integers(nodes: object) -> bool:

@@ -19,7 +19,7 @@ from hvd_compress import Compression, PeerError, QsparseLocalSGD
 from hvd_compress import gradient as gradient_path
 from hvd_compress.compression import COMPRESSORS
 from hvd_compress.memory import DGC, EF21, Residual, TwoSided
-from hvd_compress.operators import Operator, TopK
+from hvd_compress.operators import OneBit, Operator, Sign, TopK
 from hvd_compress.schedules import WarmUp
 from hvd_compress.wire import Message
 
@@ -65,6 +65,14 @@ def test_errors_that_would_come_back_larger_are_refused(name: str, settings: dic
     with pytest.raises(ValueError, match="would explode: use more bits"):
         Compression.by_name(name, **settings)
     Compression.by_name(name, **{**settings, "memory": "none"})
+
+
+def test_errors_of_the_way_back_come_back_too() -> None:
+    with pytest.raises(ValueError, match=r"OneBit\(.*would explode: use more bits"):
+        Compression.topk(ratio=0.5, memory=lambda: TwoSided(OneBit()))
+    with pytest.raises(ValueError, match=r"OneBit\(.*would explode: use more bits"):
+        Compression.of(OneBit(), memory=lambda: TwoSided(Sign()))
+    Compression.cd_adam()
 
 
 @pytest.mark.parametrize(

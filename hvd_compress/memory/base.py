@@ -9,6 +9,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..operators import Operator
+
 MASS = "mass"  # what is still to be sent
 ESTIMATE = "estimate"  # of something of this rank's own, such as its gradient
 TOTAL = "total"  # the sum of all ranks' estimates, the same on all ranks
@@ -55,6 +57,12 @@ class Memory(ABC):
     def receives(self) -> bool:
         """Whether :meth:`receive` does anything."""
         return type(self).receive is not Memory.receive
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """Operators of its own, to each of which comes back what it does wrong, as :attr:`feeds_back` says of what
+        sends."""
+        return ()
 
     @property
     def rows(self) -> tuple[str, ...]:

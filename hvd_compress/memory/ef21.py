@@ -143,6 +143,11 @@ class TwoSided(EF21):
         return f"TwoSided({self._operator!r}, momentum={self._momentum})"
 
     @property
+    def operators(self) -> tuple[Operator, ...]:
+        """C': what it does wrong is part of Ĝ − G̃ the next time."""
+        return (self._operator,)
+
+    @property
     def rows(self) -> tuple[str, ...]:
         """Those of :class:`EF21`, and G̃."""
         return (*super().rows, COMMON)
