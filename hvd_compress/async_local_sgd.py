@@ -114,6 +114,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         self._refuse_averaged(settings, process_set)
         if process_set is not None and settings.process_set not in (None, process_set):
             raise ValueError("compression and AsyncQsparseLocalSGD were given different process sets")
+        settings.check_sizes(p.numel() for p in self._parameters.values())
         # Configuration
         self.sync_every = sync_every
         self._mode = mode

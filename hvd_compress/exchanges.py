@@ -19,8 +19,13 @@ AnyReducer: TypeAlias = Reducer | HierarchicalReducer | ScatteredReducer | AutoR
 
 
 def reducer(settings: Settings, parameters: Mapping[str, torch.nn.Parameter], ledger: Ledger) -> AnyReducer:
-    """What sums the parameters' gradients, or changes, in the way that ``settings.exchange`` says."""
+    """What sums the parameters' gradients, or changes, in the way that ``settings.exchange`` says.
+
+    Raises:
+        ValueError: see :meth:`Settings.check_sizes`.
+    """
     shapes = {name: p.shape for name, p in parameters.items()}
+    settings.check_sizes(shape.numel() for shape in shapes.values())
     options: dict[str, Any] = {
         "operator": settings.operator,
         "memory": settings.memory(),

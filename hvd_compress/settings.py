@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,8 @@ EXCHANGES = ("allgather", "hierarchical", "reduce_scatter", "auto")
 
 MEMORIES: dict[str, Callable[[], Memory]] = {"none": NoMemory, "residual": Residual, "dgc": DGC, "ef21": EF21}
 """What ``memory=`` may be called."""
+
+_FEW, _MANY = 1 << 14, 1 << 22  # elements that errors are measured on: some milliseconds, and up to 0.2 s
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,28 @@ class Settings:
         is_one_node = hvd.local_size() == hvd.size() if self.nodes is None else len({*self.nodes}) == 1
         return self.exchange == "hierarchical" and is_one_node
 
-    def _check_feedback(self, memory: Memory) -> None:
+    def check_sizes(self, sizes: Iterable[int]) -> None:
+        """Judge errors that are fed back for the largest tensor that is compressed too: many grow with the tensor.
+
+        Args:
+            sizes: elements of each tensor.
+
+        Raises:
+            ValueError: an operator is so coarse there that a memory would feed its errors back until they explode.
+        """
+        largest = max((n for n in sizes if n >= self.dense_below), default=0)
+        if largest > _FEW:
+            self._check_feedback(self.memory(), min(largest, _MANY))
+
+    def _check_feedback(self, memory: Memory, numel: int = _FEW) -> None:
         fed_back = {repr(of): of for of in ((self.operator,) if memory.feeds_back else ()) + memory.operators}
         for operator in fed_back.values():
-            error = typical_error(operator) if isinstance(operator, Quantizer | Composed) else 0.0
+            error = typical_error(operator, numel) if isinstance(operator, Quantizer | Composed) else 0.0
             if error >= 1:
                 raise ValueError(
-                    f"{operator!r} errs by {error:.3g} times the energy of what it is given, and {memory!r} gives "
-                    "that back to it, so that it would explode: use more bits, norm='max', a smaller bucket=…, "
-                    "scaled=True behind a sparsifier, or memory='none'"
+                    f"{operator!r} errs by {error:.3g} times the energy of {numel} elements that it is given, and "
+                    f"{memory!r} gives that back to it, so that it would explode: use more bits, norm='max', "
+                    "a smaller bucket=…, scaled=True behind a sparsifier, or memory='none'"
                 )
 
 
