@@ -190,6 +190,58 @@ def test_a_cut_is_never_inside_the_body_nor_beyond_the_largest_element() -> None
         )
 
 
+@pytest.mark.parametrize(("s", "most"), [(1, 4.044), (2, 1.805), (3, 1.294), (6, 1.005), (7, 1.002), (15, 1.0001)])
+def test_what_a_cut_outside_the_body_costs(s: int, most: float) -> None:
+    """The error of even levels, relative to that with the best cut: the most for tails from 3.05 to 5."""
+
+    def error(model: PowerLaw, alpha: float) -> float:
+        step, inside, k = 2 * alpha / s, model.mass(alpha), model.tail - 1
+        if alpha >= 1:
+            return step**2 / 4 * inside + model.lost(alpha)
+        body = (1 - 2 * model.rho) * (1 - alpha) ** 3 / 3
+        return step**2 / 4 * inside + body + 2 * model.rho * (k / (k - 2) - 2 * alpha * k / (k - 1) + alpha**2)
+
+    ratios = []
+    for tail in (3.05, 3.5, 4.0, 4.5, 5.0):
+        model = PowerLaw(tail, 0.05, 1.0)
+        least = min(error(model, 0.3 * 1.003**i) for i in range(1500))
+        operator = TQSGD(levels=s, model="power")
+        assert error(model, operator.table(model)[-1]) == pytest.approx(operator.error(model))
+        ratios.append(operator.error(model) / least)
+    assert 1 + 0.7 * (most - 1) < max(ratios) <= most
+
+
+def heavy_tailed(generator: torch.Generator, n: int = 50_000) -> dict[str, torch.Tensor]:
+    u, body, part = (torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(3))
+    sign = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0)
+    powers = {f"power law {t}": sign * torch.where(part < 0.1, u ** (1 / (1 - t)), body) for t in (3.25, 4.0, 5.0)}
+    return {"normal": torch.randn(n, generator=generator), "Laplace": -u.log() * sign, **powers}
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("s", [1, 2])
+def test_laplace_is_the_model_for_one_bit(kind: Any, s: int) -> None:
+    """And for two with a level at zero. With a power law one bit is worse than nothing, even for a power law."""
+    for name, x in heavy_tailed(torch.Generator().manual_seed(0)).items():
+        laplace, power = (
+            float((kind(levels=s, model=model)(x, generator=torch.Generator().manual_seed(1)) - x).square().sum())
+            for model in ("laplace", "power")
+        )
+        assert laplace < power, name
+        assert s > 1 or laplace < x.square().sum() < power, name
+
+
+def test_either_model_serves_two_bits() -> None:
+    kinds: list[Any] = ALL
+    for x in heavy_tailed(torch.Generator().manual_seed(0)).values():
+        for kind in kinds:
+            laplace, power = (
+                float((kind(bits=2, model=model)(x, generator=torch.Generator().manual_seed(1)) - x).square().sum())
+                for model in ("laplace", "power")
+            )
+            assert 1 / 1.2 < laplace / power < 1.2
+
+
 @pytest.mark.parametrize("s", [3, 7, 31, 255, 4095])
 @pytest.mark.parametrize("tail", [3.05, 3.5, 5.0])
 def test_cuts_fulfil_the_condition_for_a_power_law(tail: float, s: int) -> None:

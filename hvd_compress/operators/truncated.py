@@ -4,9 +4,12 @@ TNQSGD is arXiv 2402.01160 (Laplace); TUQSGD, TNQSGD and TBQSGD with power-law t
 ``TQSGD`` is the one with even levels. A tensor is cut at ±α and rounded without bias between s + 1 levels; the only
 bias is the cut. For Laplace, α and the levels minimise the error per element, ``c Σ mass · Δ² + lost(α)``, Δ the
 width of a step; TNQSGD's as if levels had a density, which is within 0.3 % of the least error. For a power law α is
-the papers' fixed point, which takes the first term to grow as α²: with even levels that is within 0.2 % of the least
-error; TNQSGD's, with ρ = 0.05, is up to 3 % above it at 3 bits, 15 % at 4 and 48 % at 5. The papers' c = 1/4 is the
-worst case in a step; 1/6, the average over a step, is up to 3 % better for Laplace (derived here).
+the papers' fixed point, which takes the first term to grow as α², or g_min if that is more. With ρ = 0.05 and even
+levels the error is within 0.4 % of the least from 3 bits on. With fewer the best cut lies below g_min: with 2 bits
+the error is up to 29 % above the least (80 % if zero is a level), and with 1 bit up to 4 times as large, which is
+more than sending nothing has: take Laplace there. TNQSGD's is up to 3 % above the least at 3 bits, 15 % at 4 and
+48 % at 5. The papers' c = 1/4 is the worst case in a step; 1/6, the average over a step, is up to 3 % better for
+Laplace (derived here).
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ class Truncated(Quantizer):
     Args:
         levels: s, the number of steps between levels; or
         bits: of each element on the wire, s = 2^bits − 1, or one step less with ``zero``.
-        model: ``"laplace"``, or ``"power"`` for heavier tails.
+        model: ``"laplace"``, or ``"power"`` for heavier tails and 3 bits or more.
         constant: c, 1/4 or 1/6.
         zero: with ``bits``, an even s, so that zero is a level and zeros stay zeros.
 
