@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,6 +20,8 @@ from .schedules import Plan
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
     from mpi4py import MPI
+
+_TOKEN_BYTES = 8
 
 Place = tuple[int, int]  # a rank's place among those that reduce together, and their number
 
@@ -130,18 +132,19 @@ def meet(
 def agree(
     process_set: hvd.ProcessSet, ranks: Sequence[int], expects: str, saved_as: Place | None
 ) -> tuple[HorovodExchange, Place]:
-    """The same where Horovod runs without MPI; the exchange is named after what all ranks agree on."""
+    """The same by Horovod alone; the first rank names the exchange, since two models that are alike must not meet."""
     exchange = HorovodExchange(process_set)
     here = (exchange.rank, exchange.size)
+    token = secrets.token_bytes(_TOKEN_BYTES)
     mine = f"{_origin(saved_as, here)}\n{expects}"
-    gathered = exchange.allgatherv(np.frombuffer(mine.encode(), np.uint8).copy())
-    statements = [data.tobytes().decode() for data in gathered]
+    gathered = exchange.allgatherv(np.frombuffer(token + mine.encode(), np.uint8).copy())
+    statements = [data[_TOKEN_BYTES:].tobytes().decode() for data in gathered]
     differing = [place for place, other in enumerate(statements) if other != statements[0]]
     if differing:
         others = [ranks[place] for place in differing]
         raise RankMismatchError.between(ranks[0], statements[0], others, statements[differing[0]])
     _check_origin(saved_as, here)
-    exchange.name += "." + hashlib.sha256(mine.encode()).hexdigest()[:16]
+    exchange.name += f".{gathered[0][:_TOKEN_BYTES].tobytes().hex()}"
     return exchange, here
 
 

@@ -17,7 +17,7 @@ from world import World
 
 from hvd_compress import Compression, PeerError, QsparseLocalSGD
 from hvd_compress.ledger import Ledger
-from hvd_compress.membership import check_horovod_takes
+from hvd_compress.membership import check_horovod_takes, link
 from hvd_compress.memory import Residual
 from hvd_compress.operators import TopK
 from hvd_compress.pieces import in_buckets
@@ -28,8 +28,6 @@ TINY = 1e-9  # megabytes: a bucket for each tensor
 
 
 def reducer(cap: float) -> Reducer:
-    from mpi4py import MPI
-
     shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
     made = Reducer(
         shapes,
@@ -40,7 +38,7 @@ def reducer(cap: float) -> Reducer:
         seed=0,
         ledger=Ledger(),
     )
-    made.open(MPI.COMM_WORLD, range(hvd.size()), "", 60)
+    made.open(*link(hvd.global_process_set, None), "", 60)
     return made
 
 
@@ -232,6 +230,22 @@ def one_rank_adds_less() -> None:
 @pytest.mark.parametrize("variant", [second_tensor_comes_too_early, overflow_in_an_early_bucket, one_rank_adds_less])
 def test_a_failure_reaches_all_buckets(world: World, variant: Any) -> None:
     world.run(variant)
+
+
+def twins_exchange_at_once(times: int) -> None:
+    """As the compressors of two critics that share a loss: alike in shapes and settings, not in what they send."""
+    twins = [reducer(TINY), reducer(TINY)]
+    for step in range(times):
+        for name in reversed(SHAPES):
+            for factor, one in enumerate(twins, start=1):
+                one.add(name, factor * tensor(name, step))
+        sums, doubled = (one.reduce().sums for one in twins)
+        assert all(torch.equal(2 * sums[name], doubled[name]) for name in SHAPES)
+
+
+@pytest.mark.ranks(2, 3)
+def test_two_models_that_are_alike(world: World) -> None:
+    world.run(twins_exchange_at_once, 20)
 
 
 def all_give_up(times: int) -> None:

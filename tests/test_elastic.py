@@ -79,6 +79,20 @@ def test_without_mpi(tmp_path: Path) -> None:
     assert ended.stdout.count("fine") == 2
 
 
+@pytest.mark.parametrize("function", ["twins_exchange_at_once(20)"])
+def test_buckets_without_mpi(tmp_path: Path, function: str) -> None:
+    script = tmp_path / "buckets.py"
+    script.write_text(f"""
+import faulthandler, horovod.torch as hvd, test_buckets
+faulthandler.dump_traceback_later(60, exit=True)
+hvd.init()
+assert not hvd.mpi_enabled()
+test_buckets.{function}
+""")
+    ended = horovodrun("-np", "2", sys.executable, str(script))
+    assert ended.returncode == 0, ended.stdout
+
+
 def test_a_rank_comes_one_goes_and_one_dies(tmp_path: Path) -> None:
     """The script verifies to the bit that nothing is lost. 127.0.0.1 is a second host, which may be lost."""
     hosts = tmp_path / "hosts"
