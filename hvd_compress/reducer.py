@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import horovod.torch as hvd
 import numpy as np
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from torch import Tensor
 
 from . import wire
@@ -272,7 +273,7 @@ class Reducer(Sender):
         How many of its buckets have departed may differ between ranks, and what has departed cannot be called back:
         others' buckets of the next exchange would meet them. So all of them depart, and are waited for.
         """
-        if isinstance(self._exchange, HorovodExchange):  # a Horovod that has failed must not be asked for more
+        if any(map(_has_lost_horovod, self._departed)):  # which must not be asked for more
             for bucket in self._departed:
                 bucket.arrival.cancel()
             wait(bucket.arrival for bucket in self._departed)
@@ -399,6 +400,10 @@ def _travel(
     except (WireError, OverflowError) as caught:  # what else goes wrong does so on this rank alone
         error = error or caught
     return _Arrived(shares, exchange.sent - sent_before, exchange.within - within_before, packets, error)
+
+
+def _has_lost_horovod(bucket: _Departed) -> bool:
+    return bucket.arrival.done() and isinstance(bucket.arrival.exception(), HorovodInternalError)
 
 
 def _story(error: Exception) -> str:

@@ -79,7 +79,7 @@ def test_without_mpi(tmp_path: Path) -> None:
     assert ended.stdout.count("fine") == 2
 
 
-@pytest.mark.parametrize("function", ["twins_exchange_at_once(20)"])
+@pytest.mark.parametrize("function", ["twins_exchange_at_once(20)", "all_give_up(30)", "one_gives_up()"])
 def test_buckets_without_mpi(tmp_path: Path, function: str) -> None:
     script = tmp_path / "buckets.py"
     script.write_text(f"""
