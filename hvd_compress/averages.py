@@ -16,6 +16,7 @@ from .gradient import GradientCompressor
 from .horovod_exchange import for_horovod
 from .kernels import all_finite, is_finite
 from .ledger import Ledger
+from .meeting import agree, tensors_of
 from .membership import link
 from .reducer import Reduced
 
@@ -117,20 +118,30 @@ class HorovodAverage:
         parameters: Mapping[str, torch.nn.Parameter],
     ) -> None:
         self.ledger = Ledger()
-        self._dtypes = {name: p.dtype for name, p in parameters.items()}
+        self._parameters = parameters
         self._compression = compression
         self._process_set = process_set or hvd.global_process_set
+        # State
+        self.is_open = False  # whether the ranks have compared what they expect
 
     def __repr__(self) -> str:
         return f"Compression.{'fp16' if self._compression is hvd.Compression.fp16 else 'none'}"
 
-    is_open = True  # Horovod compares names and shapes by itself
-
     def open(self, expects: str) -> None:
-        """Nothing to do."""
+        """Compare with the other ranks. By itself Horovod compares shapes and types of what it sums, and no more.
+
+        Raises:
+            RankMismatchError: on every rank, when ranks differ.
+        """
+        shapes = {name: p.shape for name, p in self._parameters.items()}
+        mine = "\n".join([f"average by Horovod with {self!r}", expects, *tensors_of(shapes)])
+        exchange, _ = agree(self._process_set, self._process_set.ranks or (), mine, None)
+        self.ledger.shared.horovod += exchange.sent
+        self.is_open = True
 
     def leave(self) -> None:
-        """Nothing to do."""
+        """Forget the other ranks: the next exchange compares anew."""
+        self.is_open = False
 
     def __call__(self, moved: Callable[[str], Tensor], step: int) -> dict[str, Tensor]:
         """See :meth:`CompressedAverage.__call__`.
@@ -140,10 +151,10 @@ class HorovodAverage:
             RankMismatchError: ranks are at different steps; every rank raises.
         """
         self._check(step)
-        moves = {name: moved(name) for name in self._dtypes}
-        sent = [for_horovod(moves[name].to(dtype)) for name, dtype in self._dtypes.items()]
+        moves = {name: moved(name) for name in self._parameters}
+        sent = [for_horovod(moves[name].to(p.dtype)) for name, p in self._parameters.items()]
         compressed, contexts = zip(*map(self._compression.compress, sent), strict=True)
-        for name, tensor in zip(self._dtypes, compressed, strict=True):
+        for name, tensor in zip(moves, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1
         with self.ledger.timed("exchange"):
@@ -152,7 +163,7 @@ class HorovodAverage:
             )
         result = {
             name: self._compression.decompress(average, context).to(moves[name].dtype)
-            for name, average, context in zip(self._dtypes, averages, contexts, strict=True)
+            for name, average, context in zip(moves, averages, contexts, strict=True)
         }
         if not all_finite(list(result.values())):  # of the same numbers on all ranks
             raise _not_finite([name for name, average in result.items() if not bool(is_finite(average))])

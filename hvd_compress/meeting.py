@@ -91,9 +91,14 @@ def statement(
             f"dense_below={dense_below}",
             f"seed={seed}",
             *expects,
-            *(f"tensor {name} of shape {tuple(shape)}" for name, shape in shapes.items()),
+            *tensors_of(shapes),
         ]
     )
+
+
+def tensors_of(shapes: Mapping[str, torch.Size]) -> list[str]:
+    """What statements say of the tensors."""
+    return [f"tensor {name} of shape {tuple(shape)}" for name, shape in shapes.items()]
 
 
 def source_of(nodes: Sequence[int] | None) -> str:
@@ -132,7 +137,10 @@ def meet(
 def agree(
     process_set: hvd.ProcessSet, ranks: Sequence[int], expects: str, saved_as: Place | None
 ) -> tuple[HorovodExchange, Place]:
-    """The same by Horovod alone; the first rank names the exchange, since two models that are alike must not meet."""
+    """The same by Horovod alone; the first rank names the exchange, since two models that are alike must not meet.
+
+    ``process_set`` is of all ``ranks``; the other arguments and errors are those of :func:`meet`.
+    """
     exchange = HorovodExchange(process_set)
     here = (exchange.rank, exchange.size)
     token = secrets.token_bytes(_TOKEN_BYTES)

@@ -963,18 +963,39 @@ def test_bfloat16_parameters_through_horovod(world: World) -> None:
     world.run(bfloat16_through_horovod)
 
 
-def other_starting_points() -> None:
-    torch.manual_seed(hvd.rank())
+def starts(compression: str, seed: int, look_ahead: float = 0.0) -> None:
+    torch.manual_seed(seed)
     model = torch.nn.Linear(30, 40)
-    optimizer = wrap(model)
+    made = Compression.topk(k=5) if compression == "topk" else getattr(Compression, compression)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    named = model.named_parameters()
+    optimizer = QsparseLocalSGD(sgd, named_parameters=named, compression=made, look_ahead=look_ahead)
     model(torch.ones(2, 30)).sum().backward()
+    optimizer.step()
+
+
+def differs_at_the_start(compression: str) -> None:
     with pytest.raises(RankMismatchError, match=r"rank 0 and rank 1 .*checksum.*broadcast_parameters"):
-        optimizer.step()
+        starts(compression, seed=hvd.rank())
+    with pytest.raises(RankMismatchError, match=r"rank 0 and rank 1 .*look_ahead=0\.0.*look_ahead=0\.5"):
+        starts(compression, seed=0, look_ahead=0.5 * (hvd.rank() == 1))
+    starts(compression, seed=0)
 
 
 @pytest.mark.ranks(2, 3)
-def test_ranks_that_start_apart(world: World) -> None:
-    world.run(other_starting_points)
+@pytest.mark.parametrize("compression", ["topk", "none", "fp16"])
+def test_ranks_that_start_apart(world: World, compression: str) -> None:
+    world.run(differs_at_the_start, compression)
+
+
+def another_rounding() -> None:
+    with pytest.raises(RankMismatchError, match=r"Compression\.none.*Compression\.fp16"):
+        starts("fp16" if hvd.rank() else "none", seed=0)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_round_otherwise(world: World) -> None:
+    world.run(another_rounding)
 
 
 @pytest.mark.parametrize(
