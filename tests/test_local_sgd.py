@@ -27,6 +27,7 @@ from hvd_compress import (
     sync_at,
     wire,
 )
+from hvd_compress.averages import averager
 from hvd_compress.operators import QSGD, TopK, compose
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
@@ -551,6 +552,23 @@ def out_of_step(compression: str) -> None:
 @pytest.mark.parametrize("compression", ["none", "topk"])
 def test_ranks_with_other_schedules(world: World, compression: str) -> None:
     world.run(out_of_step, compression)
+
+
+def far_into_a_run() -> None:
+    """Where a float64 does not count the squares of steps."""
+    average = averager(Compression.none, None, dict(Vectors(SHAPES).named_parameters()))
+
+    def moved(name: str) -> Tensor:
+        return torch.zeros(SHAPES[name])
+
+    average(moved, 100_000_001)
+    with pytest.raises(RankMismatchError, match="different steps; this rank at step 10000000"):
+        average(moved, 100_000_000 + hvd.rank())
+
+
+@pytest.mark.ranks(2, 3)
+def test_steps_are_compared_far_into_a_run(world: World) -> None:
+    world.run(far_into_a_run)
 
 
 def extra_exchange() -> None:
