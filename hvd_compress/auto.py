@@ -229,7 +229,7 @@ class AutoReducer(Member):
             for _ in range(2):  # the first time, programs are loaded and memory is asked for
                 start = _now()
                 messages = {
-                    name: schedule.operator(name).encode(flat, generator=torch.Generator().manual_seed(0))
+                    name: schedule.operator(name).encode(flat, generator=torch.Generator(flat.device).manual_seed(0))
                     if len(flat := pending[name]) >= self._dense_below
                     else Message.dense(flat)
                     for name in self._shapes

@@ -255,7 +255,7 @@ class Reducer(Sender):
 
     def _received(self, name: str, total: Tensor, pending: Pending, divisor: float) -> Tensor:
         if pending.remembered:
-            total = self._memory.receive(name, total, self.size, partial(self._generator, name, AFTER))
+            total = self._memory.receive(name, total, self.size, partial(self._generator, name, AFTER, total.device))
         return total.div_(as_divisor(divisor, total))
 
     def _drop(self) -> None:

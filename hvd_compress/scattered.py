@@ -179,7 +179,7 @@ class ScatteredReducer(Sender):
             self._watch.give_up()
 
     def _receive(self, name: str, total: Tensor) -> Tensor:
-        return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER))
+        return self._memory.receive(name, total, self.size, lambda: self._generator(name, AFTER, total.device))
 
     def _proposal(
         self, pending: Mapping[str, Pending], messages: Mapping[str, Message]

@@ -250,9 +250,9 @@ class Sender(Member):
         operator = self._schedule.operator(name)
         draws: dict[str, torch.Generator | None] = {}
         if operator.draws:
-            draws["generator"] = self._generator(name, self.rank)
+            draws["generator"] = self._generator(name, self.rank, x.device)
         if operator.shared_draws:
-            draws["shared"] = self._generator(name, ALIKE)
+            draws["shared"] = self._generator(name, ALIKE, x.device)
         message = apart(operator.encode(x, **draws), x) if other is None else operator.split(flat, other, x, **draws)
         if message.numel != x.numel():
             raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
@@ -273,11 +273,10 @@ class Sender(Member):
                 self._memory.rollback(name)
         return {name: p.flat for name, p in pending.items()}
 
-    def _generator(self, name: str, who: int) -> torch.Generator:
-        """On the CPU, also for tensors on a GPU: to ask a device for a seed would be to wait for it."""
+    def _generator(self, name: str, who: int, device: torch.device) -> torch.Generator:
         key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:

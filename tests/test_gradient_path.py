@@ -59,6 +59,7 @@ def train(model: Vectors, optimizer: Any, first: int, last: int) -> None:
         ("onebit", {"memory": "residual"}),
         ("minmax", {"bits": 1, "memory": "residual"}),
         ("terngrad", {"memory": "residual"}),
+        ("onebit", {"memory": "dgc"}),
     ],
 )
 def test_errors_that_would_come_back_larger_are_refused(name: str, settings: dict[str, Any]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import json
 import logging
 import os
+import re
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -309,8 +312,16 @@ def _frame() -> FrameType | None:
 
 def _stack() -> str:
     """Where the program is."""
-    frame = _frame()
-    return "".join(traceback.format_stack(frame)).rstrip() if frame else "(at its end)"
+    # Python 3.11 crashes if frames are walked that come to their ends meanwhile. This reads all at once.
+    with tempfile.TemporaryFile() as file:
+        faulthandler.dump_traceback(file)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    head = "hread 0x"  # of each thread; the one that asks is "Current thread"
+    ours = text.partition(f"{head}{threading.main_thread().ident:016x}")[2].partition(head)[0]
+    calls = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', ours, re.MULTILINE)  # the innermost first
+    summary = [traceback.FrameSummary(file, int(line), name) for file, line, name in reversed(calls)]
+    return "".join(traceback.format_list(summary)).rstrip() or "(at its end)"
 
 
 def _list(ranks: list[int]) -> str:

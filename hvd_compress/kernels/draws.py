@@ -6,6 +6,9 @@ for each counter 0, 1, 2, …, the seed being the key. On a GPU they are torch's
 
 from __future__ import annotations
 
+import hashlib
+import struct
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,7 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_COUNTERS = 4  # the step of a GPU generator's offset
 
 
 def own_generator(device: torch.device) -> torch.Generator:
@@ -27,20 +31,24 @@ def own_generator(device: torch.device) -> torch.Generator:
 def draw_seed(generator: torch.Generator | None) -> int:
     """A seed for other draws, 0 ≤ seed < 2^62."""
     generator = generator or own_generator(torch.device("cpu"))
-    return int(torch.randint(0, 1 << 62, (), generator=generator, device=generator.device))
+    if generator.device.type == "cpu":
+        return int(torch.randint(0, 1 << 62, (), generator=generator, device="cpu"))
+    # What a GPU draws would have to be waited for. Its generator's state is here: a seed, and how far the draws are.
+    offset = generator.get_offset()
+    generator.set_offset(offset + _COUNTERS)
+    digest = hashlib.blake2b(struct.pack("<QQ", generator.initial_seed() % (1 << 64), offset), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
 
 
 def uniform(n: int, generator: torch.Generator, like: Tensor) -> Tensor:
     """n draws from [0, 1), on the device and of the dtype of ``like``: multiples of 2^−24 (float32), 2^−53 (float64).
 
     Args:
-        generator: on the CPU it says the seed; one on a GPU makes the draws itself.
+        generator: says the seed of draws on the CPU, or makes those on a GPU.
     """
-    if generator.device.type == "cpu" and like.device.type == "cpu":
-        return uniform_of(draw_seed(generator), n, like.dtype)
-    if generator.device.type == "cpu":
-        generator = torch.Generator(like.device).manual_seed(draw_seed(generator))
-    return torch.rand(n, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
+    if generator.device.type != "cpu":
+        return torch.rand(n, generator=generator, dtype=like.dtype, device=generator.device).to(like.device)
+    return uniform_of(draw_seed(generator), n, like.dtype).to(like.device)
 
 
 def uniform_of(seed: int, n: int, dtype: torch.dtype) -> Tensor:

@@ -39,6 +39,7 @@ class DGC(Memory):
     """
 
     covers_small = True
+    feeds_back = True
 
     def __init__(
         self, momentum: float = 0.9, *, nesterov: bool = False, masking: bool = True, clip: float | None = None
