@@ -224,7 +224,6 @@ class AutoReducer(Member):
         schedule = plan.start(sizes) if isinstance(plan, Plan) else Constant(plan)
         elements = sum(map(len, pending.values()))
         dense = sum(flat.nbytes for flat in pending.values())
-        device = next((flat.device for flat in pending.values()), torch.device("cpu"))
         try:
             for _ in range(2):  # the first time, programs are loaded and memory is asked for
                 start = _now()
@@ -238,7 +237,7 @@ class AutoReducer(Member):
                 compressed = _now()
                 data = wire.encode(list(messages.values())).data
                 packed = _now()
-                for message in wire.decode(data, device).messages:
+                for message in wire.decode(data).messages:
                     message.decode()
                 opened = _now()
                 wire.decode(wire.encode([]).data)
