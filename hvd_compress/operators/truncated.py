@@ -104,9 +104,8 @@ class Truncated(Quantizer):
             return torch.tensor(table, dtype=flat.dtype, device=flat.device)
         # A Laplace distribution's levels are in proportion to its scale, which need not leave the device.
         scale = fit_laplace(flat)
-        return _normalised(self, flat.dtype, flat.device) * torch.where(
-            torch.isfinite(scale), scale, torch.nan
-        )  # which receivers see everywhere
+        scale = torch.where(torch.isfinite(scale), scale, torch.nan)  # which receivers see everywhere
+        return _normalised(self, flat.dtype, flat.device) * scale
 
 
 @dataclass(frozen=True)
