@@ -706,6 +706,43 @@ def test_a_state_of_other_nodes(world: World) -> None:
     assert "saved with other numbers of ranks on the nodes; here are 1 node(s) of 4 rank(s)" in texts[0]
 
 
+def an_early_state(exchange: str) -> None:
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("gradient", model, k=30, exchange=exchange, nodes=list(range(hvd.size())))
+    early = owner.state_dict()
+    step_of(model, optimizer, 0)
+    if exchange == "hierarchical":  # its memory is there, and nothing to replace it by
+        with pytest.raises(ValueError, match="before the first exchange"):
+            owner.load_state_dict(early)
+        assert memories(owner.state_dict())
+    else:
+        owner.load_state_dict(early)
+        assert not memories(owner.state_dict())
+
+
+@pytest.mark.parametrize("exchange", ["hierarchical", "reduce_scatter"])
+def test_a_state_from_before_the_first_exchange(world: World, exchange: str) -> None:
+    world.run(an_early_state, exchange)
+
+
+def too_long_on_one_rank() -> None:
+    from hvd_compress.exchange import scatter
+
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("local", model, k=30, exchange="reduce_scatter")
+    step_of(model, optimizer, 0)
+    limit, error = (10, OverflowError) if hvd.rank() == 1 else (2**31 - 1, PeerError)
+    with patch.object(scatter, "LIMIT", limit), pytest.raises(error, match="MPI carries 10"):
+        step_of(model, optimizer, 1)
+    step_of(model, optimizer, 2)
+    owner.synchronize()
+    assert_replicas_identical(list(model.parameters()))
+
+
+def test_a_message_that_is_too_long_is_an_error_on_all_ranks(world: World) -> None:
+    world.run(too_long_on_one_rank)
+
+
 def another_number_of_ranks(exchange: str, path: str) -> tuple[Any, dict[str, Tensor]]:
     model = Vectors(SHAPES)
     optimizer, owner = on_path(path, model, k=30, dense_below=0, exchange=exchange)
