@@ -428,7 +428,7 @@ class HierarchicalReducer(Member):
                 raise ValueError("the state is another rank's, or of other numbers of ranks on the nodes")
         if self._inner is not None and state["inner"] is None:
             raise ValueError("the state was saved before the first exchange: load it before that, too")
-        if self._inner is not None and state["inner"] is not None:
+        if self._inner is not None:
             self._inner.load_state_dict(state["inner"])
         elif not self.is_open:
             self._loaded = None if state["place"] is None else {**state, "place": tuple(state["place"])}

@@ -31,7 +31,9 @@ def run_example(name: str, arguments: list[str]) -> str:
 
 
 def test_a_rank_alone_is_told_why_nothing_is_sent() -> None:
-    assert run_example("quickstart.py", []).endswith("optimizer.ledger\n")
+    assert run_example("quickstart.py", []).endswith(
+        "nothing sent: a single rank compresses nothing, and local SGD's ledger is optimizer.ledger\n"
+    )
 
 
 def test_the_custom_operator_fits_on_a_page_and_keeps_the_largest_of_each_chunk(

@@ -80,7 +80,7 @@ def assert_selects_the_same_of_a_sum(x: Tensor, other: Tensor, k: int, threads: 
                     indices, values = split(ours.numpy(), other.numpy(), out.numpy(), k, number, unit)
                     assert indices.dtype == dtype
                     assert np.array_equal(indices, expected.numpy()), (unit, number)
-                    # Which of two NaNs their sum is depends on the order of the terms.
+                    # But for a NaN's payload: which of two NaNs their sum is depends on the order of the terms.
                     assert equal(torch.from_numpy(values), total[expected]), (unit, number)
                     assert equal(out, total.index_add(0, expected, total[expected], alpha=-1)), (unit, number)
 

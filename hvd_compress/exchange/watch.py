@@ -312,7 +312,7 @@ def _frame() -> FrameType | None:
 
 def _stack() -> str:
     """Where the program is."""
-    # Python 3.11 crashes if frames are walked that come to their ends meanwhile. This reads all at once.
+    # Python 3.11 was seen to crash while the frames of a program that ran on were walked. This reads all at once.
     with tempfile.TemporaryFile() as file:
         faulthandler.dump_traceback(file)
         file.seek(0)

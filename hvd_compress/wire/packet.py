@@ -61,7 +61,7 @@ Bytes = npt.NDArray[np.uint8]
 class Packet:
     """What a packet holds."""
 
-    round: int  # the sender's exchange or step number
+    round: int  # of exchanges or steps, whatever receivers compare
     ids: Sequence[int]  # ascending; which tensor each message is about
     messages: Sequence[Message]
     energy: float  # squared norm of what the sender compressed, if its schedule asks for it
@@ -104,7 +104,7 @@ def encode(
     Args:
         messages: of any shapes, dtypes and devices; the packing runs on the first one's device.
         ids: ascending non-negative numbers that say what each message is about; 0, 1, 2, … by default.
-        round: the exchange or step number, which receivers compare.
+        round: a number of exchanges or steps, whatever receivers compare.
         energy: a number for all receivers.
         overflow: a mark for all receivers; see :class:`Packet`.
 
