@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -19,32 +20,45 @@ namespace {
 // caches anyway, and needs the widest stores: narrow ones take as long as what they spare.
 constexpr Index kWorthStreaming = Index{1} << 16;  // elements
 
-// Copies whole cache lines; a multiple of 64 bytes, to an address that is one.
-using Stream = void (*)(const void* from, std::size_t bytes, void* to);
+// to[i] = from[i] * factor for whole cache lines, to an address where one begins.
+template <class Float>
+using Stream = void (*)(const Float* from, Index n, Float factor, Float* to);
 
 #ifdef HVD_X86
-__attribute__((target("avx2"))) void stream_avx2(const void* from, std::size_t bytes, void* to) {
-    for (std::size_t at = 0; at < bytes; at += 32) {
-        const __m256 some = _mm256_loadu_ps(reinterpret_cast<const float*>(static_cast<const char*>(from) + at));
-        _mm256_stream_ps(reinterpret_cast<float*>(static_cast<char*>(to) + at), some);
-    }
+__attribute__((target("avx2"))) void stream_avx2(const float* from, Index n, float factor, float* to) {
+    const __m256 f = _mm256_set1_ps(factor);
+    for (Index i = 0; i < n; i += 8) _mm256_stream_ps(to + i, _mm256_mul_ps(_mm256_loadu_ps(from + i), f));
 }
 
-__attribute__((target("avx512f"))) void stream_avx512(const void* from, std::size_t bytes, void* to) {
-    for (std::size_t at = 0; at < bytes; at += 64) {
-        const __m512i some = _mm512_loadu_si512(static_cast<const char*>(from) + at);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(static_cast<char*>(to) + at), some);
-    }
+__attribute__((target("avx2"))) void stream_avx2(const double* from, Index n, double factor, double* to) {
+    const __m256d f = _mm256_set1_pd(factor);
+    for (Index i = 0; i < n; i += 4) _mm256_stream_pd(to + i, _mm256_mul_pd(_mm256_loadu_pd(from + i), f));
+}
+
+__attribute__((target("avx512f"))) void stream_avx512(const float* from, Index n, float factor, float* to) {
+    const __m512 f = _mm512_set1_ps(factor);
+    for (Index i = 0; i < n; i += 16) _mm512_stream_ps(to + i, _mm512_mul_ps(_mm512_loadu_ps(from + i), f));
+}
+
+__attribute__((target("avx512f"))) void stream_avx512(const double* from, Index n, double factor, double* to) {
+    const __m512d f = _mm512_set1_pd(factor);
+    for (Index i = 0; i < n; i += 8) _mm512_stream_pd(to + i, _mm512_mul_pd(_mm512_loadu_pd(from + i), f));
 }
 #endif
 
-Stream best_stream() {
+template <class Float>
+void multiply(const Float* from, Index n, Float factor, Float* to) {
+    for (Index i = 0; i < n; ++i) to[i] = from[i] * factor;
+}
+
+template <class Float>
+Stream<Float> best_stream() {
 #ifdef HVD_X86
     const VectorUnit unit = vector_units().front();
     if (unit == VectorUnit::avx512) return stream_avx512;
     if (unit == VectorUnit::avx2) return stream_avx2;
 #endif
-    return [](const void* from, std::size_t bytes, void* to) { std::memcpy(to, from, bytes); };
+    return multiply<Float>;
 }
 
 // What was streamed arrives when it likes: other threads may be told only behind this. It waits for all of it, so once
@@ -56,20 +70,22 @@ void finish_writing() {
 }
 
 template <class Float>
-void write_out(const Float* from, Index n, Float* to, bool is_large) {
-    static const Stream stream = best_stream();
-    constexpr std::size_t line = 64;
-    const std::size_t bytes = n * sizeof(Float), head = -reinterpret_cast<std::uintptr_t>(to) % line;
-    if (!is_large || head >= bytes) {
-        std::memcpy(to, from, bytes);
-        return;
-    }
-    const std::size_t body = (bytes - head) / line * line;
-    const auto source = reinterpret_cast<const char*>(from);
-    const auto target = reinterpret_cast<char*>(to);
-    std::memcpy(target, source, head);
-    stream(source + head, body, target + head);
-    std::memcpy(target + head + body, source + head + body, bytes - head - body);
+void write_out(const Float* from, Index n, Float factor, Float* to, bool is_large) {
+    static const Stream<Float> stream = best_stream<Float>();
+    constexpr Index line = 64 / sizeof(Float);
+    const Index head = std::min<Index>(n, -reinterpret_cast<std::uintptr_t>(to) / sizeof(Float) % line);
+    const Index body = is_large ? (n - head) / line * line : 0;
+    multiply(from, head, factor, to);
+    stream(from + head, body, factor, to + head);
+    multiply(from + head + body, n - head - body, factor, to + head + body);
+}
+
+// What to multiply by rather than divide, for the same bits: the reciprocal of a power of two; 0 if there is none.
+template <class Float>
+Float exact_reciprocal(Float divisor) {
+    int exponent;
+    const Float reciprocal = 1 / divisor;
+    return std::frexp(divisor, &exponent) == Float{0.5} && std::isnormal(reciprocal) ? reciprocal : 0;
 }
 
 template <class Number>
@@ -144,13 +160,14 @@ template <class Float, class Place>
 void sum_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, Float divisor, int threads) {
     require_ascending(parts, n);
     constexpr Index block = 4096;
+    const Float reciprocal = exact_reciprocal(divisor);
     in_ranges(n, threads, [&](Index begin, Index end) {
         std::vector<Index> first(parts.size()), behind(parts.size());  // of each part, within the block
         for (std::size_t p = 0; p < parts.size(); ++p) {
             behind[p] = std::lower_bound(parts[p].indices, parts[p].indices + parts[p].count, begin) - parts[p].indices;
         }
         alignas(64) Float sum[block] = {};
-        bool is_whole[block] = {};  // elements that are still to be divided
+        bool is_divided[block] = {};
         for (Index from = begin; from < end; from += block) {
             const Index to = std::min(from + block, end);
             for (std::size_t p = 0; p < parts.size(); ++p) {
@@ -158,7 +175,6 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, 
                 Index i = first[p] = behind[p];
                 for (; i < part.count && part.indices[i] < to; ++i) {
                     sum[part.indices[i] - from] += part.values[i];
-                    is_whole[part.indices[i] - from] = true;
                 }
                 behind[p] = i;
             }
@@ -167,13 +183,14 @@ void sum_at(Float* flat, Index n, const std::vector<Part<Float, Place>>& parts, 
                     for (Index i = first[p]; i < behind[p]; ++i) visit(parts[p].indices[i] - from);
                 }
             };
-            if (divisor != 1) {
+            if (!reciprocal) {
                 each([&](Index at) {
-                    sum[at] = is_whole[at] ? sum[at] / divisor : sum[at];
-                    is_whole[at] = false;
+                    sum[at] = is_divided[at] ? sum[at] : sum[at] / divisor;
+                    is_divided[at] = true;
                 });
+                each([&](Index at) { is_divided[at] = false; });
             }
-            write_out(sum, to - from, flat + from, n >= kWorthStreaming);
+            write_out(sum, to - from, reciprocal ? reciprocal : Float{1}, flat + from, n >= kWorthStreaming);
             each([&](Index at) { sum[at] = 0; });
         }
         finish_writing();
