@@ -308,9 +308,15 @@ class Reducer(Sender):
 
     def _depart(self, names: set[str], stamped: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
+        waiting = sorted(names & self._waiting.keys(), key=self._ids.__getitem__)
+        together = self._compress_together(waiting)
         chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
-        messages = [self._messages.pop(name) for name in chosen]
-        device = messages[0].device if messages else torch.device("cpu")
+        if chosen == waiting:
+            messages = together
+        else:
+            self._messages.update(zip(waiting, together, strict=False))
+            messages = [self._messages.pop(name) for name in chosen]
+        device = wire.device_of(messages)
         failure = None if self._failure is None else _story(self._failure)
         own = wire.Packet(stamped, [self._ids[name] for name in chosen], messages, energy, overflow, failure)
         trip = partial(_travel, self._exchange, len(self._departed), own, device, self._called)

@@ -83,6 +83,7 @@ class Sender(Member):
         self._energies: dict[str, Tensor] = {}  # squared norms of what was added, if the schedule asks for them
         self._memory = memory
         self._round = 0
+        self._waiting: dict[str, Tensor] = {}  # flat: what will be compressed together
         self._pending: dict[str, Pending] = {}
         self._messages: dict[str, Message] = {}  # of these, until they are sent
         self._place: Place | None = None  # once the ranks have met
@@ -100,9 +101,14 @@ class Sender(Member):
         """
         try:
             with self._ledger.timed("compress"):
+                self._waiting.pop(name, None)
                 if name in self._pending:
                     self._rollback({name: self._pending.pop(name)})
-                self._pending[name], self._messages[name] = self._compress(name, tensor, into)
+                flat, own = laid_out(tensor, into)
+                if own is flat and self._may_wait(name, flat):
+                    self._waiting[name] = flat
+                else:
+                    self._pending[name], self._messages[name] = self._compress(name, flat, own)
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 
@@ -115,7 +121,7 @@ class Sender(Member):
         """
         if self._spoilt is not None:
             raise self._spoilt
-        if self._pending:
+        if self._pending or self._waiting or self._failure is not None:
             raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
         rank, size = self._place or (None, None)
         return {
@@ -200,13 +206,16 @@ class Sender(Member):
     def _drop(self) -> None:
         """Forget what was added for an exchange that never came about."""
         self._rollback(self._pending)
-        self._pending, self._messages, self._failure, self._energies = {}, {}, self._spoilt, {}
+        self._waiting, self._pending, self._messages, self._energies = {}, {}, {}, {}
+        self._failure = self._spoilt
 
     def _take(self) -> tuple[dict[str, Pending], dict[str, Message], Exception | None]:
         """What was added since the last time, in the order that is the same on all ranks, or why it was not.
 
         The messages are those that have not been sent.
         """
+        waiting = [*self._waiting]
+        self._messages.update(zip(waiting, self._compress_together(waiting), strict=False))
         pending = {name: self._pending[name] for name in sorted(self._pending, key=self._ids.__getitem__)}
         messages = {name: self._messages[name] for name in pending if name in self._messages}
         failure, self._pending, self._messages, self._failure = self._failure, {}, {}, self._spoilt
@@ -217,8 +226,39 @@ class Sender(Member):
         energies, self._energies = list(self._energies.values()), {}
         return _total(energies)
 
-    def _compress(self, name: str, tensor: Tensor, into: Tensor | None) -> tuple[Pending, Message]:
-        flat, own = laid_out(tensor, into)
+    def _may_wait(self, name: str, flat: Tensor) -> bool:
+        """Whether a tensor is best compressed together with others: on the CPU each loop takes the caches from Python.
+
+        On a GPU the work is begun at once, as the backward pass goes on.
+        """
+        operator = self._schedule.operator(name)
+        is_plain = not operator.draws and not operator.shared_draws and self._schedule.energy_of == "nothing"
+        return is_plain and self._memory.only_adds and flat.is_cpu and flat.numel() >= self._dense_below
+
+    def _compress_together(self, names: Sequence[str]) -> Sequence[Message]:
+        """Messages of waiting tensors; of none, if there is an error, which is for the exchange to tell."""
+        if not names:
+            return []
+        flats = [self._waiting.pop(name) for name in names]
+        try:
+            with self._ledger.timed("compress"):
+                first, *others = (self._schedule.operator(name) for name in names)
+                xs, memories = zip(*map(self._memory.compensate, names, flats), strict=True)
+                if all(operator is first for operator in others) and all(m is not None for m in memories):
+                    messages = first.split_all(flats, memories, xs)
+                else:
+                    messages = [*map(self._message, names, flats, xs, memories)]
+        except BaseException as error:
+            for name in names:
+                self._memory.rollback(name)
+            if not isinstance(error, Exception):
+                raise
+            self.let_fail(error)
+            return []
+        self._pending.update((name, Pending(flat, True, True)) for name, flat in zip(names, flats, strict=True))
+        return messages
+
+    def _compress(self, name: str, flat: Tensor, own: Tensor) -> tuple[Pending, Message]:
         is_small = flat.numel() < self._dense_below
         if is_small and not self._memory.covers_small:
             return Pending(own, compressed=False, remembered=False), Message.dense(flat.clone())
@@ -230,18 +270,23 @@ class Sender(Member):
             else:
                 x, other = self._memory.compensate(name, filled(flat, own))
                 flat = x
-            if other is None:
-                filled(flat, x)
-            elif is_small or self._schedule.energy_of == "compressed":
-                torch.add(flat, other, out=x)
-                other = None
-            message = Message.dense(x.clone()) if is_small else self._encode(name, flat, other, x)
-            if other is None:
-                self._memory.update(name, message)
-            return Pending(own, not is_small, remembered=True), message
+            return Pending(own, not is_small, remembered=True), self._message(name, flat, x, other)
         except BaseException:  # Ctrl-C too
             self._memory.rollback(name)
             raise
+
+    def _message(self, name: str, flat: Tensor, x: Tensor, other: Tensor | None) -> Message:
+        """What is sent of what the memory has made of ``flat``, of which the memory has learnt then."""
+        is_small = flat.numel() < self._dense_below
+        if other is None:
+            filled(flat, x)
+        elif is_small or self._schedule.energy_of == "compressed":
+            torch.add(flat, other, out=x)
+            other = None
+        message = Message.dense(x.clone()) if is_small else self._encode(name, flat, other, x)
+        if other is None:
+            self._memory.update(name, message)
+        return message
 
     def _encode(self, name: str, flat: Tensor, other: Tensor | None, x: Tensor) -> Message:
         """The message of x; of flat + other if there is another, of which x becomes what the message leaves."""

@@ -22,16 +22,17 @@ from hvd_compress.memory import Residual
 from hvd_compress.operators import TopK
 from hvd_compress.pieces import in_buckets
 from hvd_compress.reducer import Reducer
+from hvd_compress.wire import Message
 
 SHAPES = {f"w{i}": (10 + 3 * i, 4) for i in range(7)}
 TINY = 1e-9  # megabytes: a bucket for each tensor
 
 
-def reducer(cap: float) -> Reducer:
+def reducer(cap: float, operator: type[TopK] = TopK) -> Reducer:
     shapes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
     made = Reducer(
         shapes,
-        operator=TopK(k=5),
+        operator=operator(k=5),
         memory=Residual(),
         dense_below=0,
         buckets=list(in_buckets(shapes, cap)),
@@ -224,6 +225,43 @@ def one_rank_adds_less() -> None:
             exchange.add(name, tensor(name, 0))
     with pytest.raises(RankMismatchError, match="do not send the same tensors: w6"):
         exchange.reduce()
+
+
+class FailsOnce(TopK):
+    """On one rank, in one exchange, for one tensor."""
+
+    def split(self, x: torch.Tensor, other: torch.Tensor, out: torch.Tensor, **draws: Any) -> Message:
+        if hvd.rank() == 1 and bool((x == 100).any()):
+            out.fill_(torch.nan)  # half done
+            raise ArithmeticError("cannot take a hundred")
+        return super().split(x, other, out)
+
+
+def one_of_several_cannot_be_compressed(cap: float) -> None:
+    """Tensors of a bucket are compressed together: no memory of any of them may change."""
+    exchange = reducer(cap, FailsOnce)
+    for name in reversed(SHAPES):
+        exchange.add(name, tensor(name, 0))
+    exchange.reduce()
+    memory = {name: m.clone() for name, m in exchange.state_dict()["memory"].items()}
+    for name in reversed(SHAPES):
+        exchange.add(name, tensor(name, 1).index_fill(0, torch.tensor([0]), 100.0 if name == "w3" else 0.0))
+    with pytest.raises(RuntimeError, match="between backward"):
+        exchange.state_dict()
+    with pytest.raises((ArithmeticError, PeerError), match="cannot take a hundred"):
+        exchange.reduce()
+    assert all(torch.equal(m, exchange.state_dict()["memory"][name]) for name, m in memory.items())
+    for name in reversed(SHAPES):  # and it goes on, with the second of two where the first has not departed
+        if cap == 100:
+            exchange.add(name, torch.full(SHAPES[name], torch.nan))
+        exchange.add(name, tensor(name, 1))
+    assert not exchange.reduce().overflow
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize("cap", [TINY, 2e-3, 100.0])
+def test_a_tensor_that_cannot_be_compressed(world: World, cap: float) -> None:
+    world.run(one_of_several_cannot_be_compressed, cap)
 
 
 @pytest.mark.ranks(2, 3)

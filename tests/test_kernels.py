@@ -77,12 +77,29 @@ def assert_selects_the_same_of_a_sum(x: Tensor, other: Tensor, k: int, threads: 
             for split, dtype in ((loops.split_top_k32, np.int32), (loops.split_top_k64, np.int64)):
                 ours = x.clone()
                 for out in (torch.empty_like(ours), ours):  # in place at last
-                    indices, values = split(ours.numpy(), other.numpy(), out.numpy(), k, number, unit)
+                    indices, values = split([ours.numpy()], [other.numpy()], [out.numpy()], [k], number, unit)
                     assert indices.dtype == dtype
                     assert np.array_equal(indices, expected.numpy()), (unit, number)
                     # But for a NaN's payload: which of two NaNs their sum is depends on the order of the terms.
                     assert equal(torch.from_numpy(values), total[expected]), (unit, number)
                     assert equal(out, total.index_add(0, expected, total[expected], alpha=-1)), (unit, number)
+
+
+@given(st.lists(st.lists(numbers, min_size=2, max_size=40), max_size=5), st.sampled_from(FLOATS), st.data())
+def test_several_vectors_are_split_as_each_alone(lists: list[list[float]], dtype: torch.dtype, data: Any) -> None:
+    vectors = [torch.tensor(x, dtype=dtype) for x in lists]
+    ks = [data.draw(st.integers(1, len(x))) for x in lists]
+    expected = [x.clone() for x in vectors]
+    one_by_one = [
+        native.split_top_k([x], [y], [x], [k])
+        for x, y, k in zip(expected, [x.flip(0) for x in vectors], ks, strict=True)
+    ]
+    indices, values = native.split_top_k(vectors, [x.flip(0) for x in vectors], vectors, ks)
+    assert len(indices) == len(values) == sum(ks)
+    for (i, v), its_i, its_v in zip(one_by_one, indices.split(ks), values.split(ks), strict=True):
+        assert torch.equal(its_i, i)
+        assert bits_of(its_v) == bits_of(v)
+    assert list(map(bits_of, vectors)) == list(map(bits_of, expected))
 
 
 @given(st.lists(numbers, min_size=1, max_size=300), st.sampled_from(FLOATS), st.data())
@@ -500,7 +517,7 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x[::2], 1, 1, unit),
         lambda: loops.top_k(x.astype(np.float16), 1, 1, unit),
         lambda: loops.top_k(x.tolist(), 1, 1, unit),
-        lambda: loops.split_top_k32(x, x.astype(np.float64), x, 1, 1, unit),
+        lambda: loops.split_top_k32([x], [x.astype(np.float64)], [x], [1], 1, unit),
         lambda: loops.is_finite(x[::2], 1),
         lambda: loops.add_at(x, indices.astype(np.uint32), x[:2], 1.0),
         lambda: loops.sum_at([x, x], [indices, indices.astype(np.int32)], [x[:2]] * 2, [[1, 1]] * 2, 1.0, 1),
@@ -515,12 +532,13 @@ def test_wrong_arguments_are_errors() -> None:
         lambda: loops.top_k(x, 0, 1, unit),
         lambda: loops.top_k(x, 9, 1, unit),
         lambda: loops.top_k(x.reshape(2, 4), 1, 1, unit),
-        lambda: loops.split_top_k32(x, np.zeros(8, np.float32), x, 9, 1, unit),
-        lambda: loops.split_top_k32(x, np.zeros(7, np.float32), x, 1, 1, unit),
-        lambda: loops.split_top_k32(x, np.zeros(8, np.float32), np.zeros(7, np.float32), 1, 1, unit),
-        lambda: loops.split_top_k32(x[1:], x[:-1], x[1:], 1, 1, unit),
-        lambda: loops.split_top_k32(x[1:], np.zeros(7, np.float32), x[:-1], 1, 1, unit),
-        lambda: loops.split_top_k32(read_only, x, read_only, 1, 1, unit),
+        lambda: loops.split_top_k32([x], [np.zeros(8, np.float32)], [x], [9], 1, unit),
+        lambda: loops.split_top_k32([x], [np.zeros(7, np.float32)], [x], [1], 1, unit),
+        lambda: loops.split_top_k32([x], [np.zeros(8, np.float32)], [np.zeros(7, np.float32)], [1], 1, unit),
+        lambda: loops.split_top_k32([x, x], [np.zeros(8, np.float32)], [x, x], [1, 1], 1, unit),
+        lambda: loops.split_top_k32([x[1:]], [x[:-1]], [x[1:]], [1], 1, unit),
+        lambda: loops.split_top_k32([x[1:]], [np.zeros(7, np.float32)], [x[:-1]], [1], 1, unit),
+        lambda: loops.split_top_k32([read_only], [x], [read_only], [1], 1, unit),
         lambda: loops.add_at(read_only, indices, x[:2], 1.0),
         lambda: loops.add_at(x, indices, x[:3], 1.0),
         lambda: loops.sum_at([x], [indices], [x[:2]], [], 1.0, 1),

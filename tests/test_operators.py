@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torchvision.models import resnet50
 
 from hvd_compress.operators import TopK
 from hvd_compress.operators.topk import top_k, top_k_by_sorting
+from hvd_compress.wire import Message
 
 AWKWARD = [0.0, -0.0, 1.0, -1.0, 2.0, math.nan, math.inf, -math.inf, 1e-45, 65504.0]
 
@@ -101,6 +103,30 @@ def test_a_message_does_not_change_with_its_tensor() -> None:
     before = [m.decode() for m in messages]
     x.zero_()
     assert all(torch.equal(m.decode(), b) for m, b in zip(messages, before, strict=True))
+
+
+class Squared(TopK):
+    """Changes what a single vector becomes, and says nothing of several."""
+
+    def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
+        out.copy_((x + other).square())
+        return Message.sparse((x.numel(),), torch.tensor([0]), torch.tensor([7.0], dtype=x.dtype))
+
+
+@pytest.mark.parametrize("operator", [TopK(k=3), TopK(ratio=0.01), Squared(k=3)])
+@pytest.mark.parametrize("sizes", [[4], [50, 4, 700], [50, 3, 20], []])  # three of three elements are all
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64], [torch.float32, torch.float64]])
+def test_several_vectors_become_what_each_alone_does(operator: TopK, sizes: list[int], dtypes: list) -> None:
+    generator = torch.Generator().manual_seed(3)
+    kinds = (dtypes * len(sizes))[: len(sizes)]
+    like = [torch.empty(n, dtype=dtype) for n, dtype in zip(sizes, kinds, strict=True)]
+    xs, others = ([x.clone().normal_(generator=generator) for x in like] for _ in range(2))
+    alone, together = ([torch.empty_like(x) for x in xs] for _ in range(2))
+    expected = list(map(operator.split, xs, others, alone))
+    messages = operator.split_all(xs, others, together)
+    assert [m.shape for m in messages] == [m.shape for m in expected]
+    assert all(torch.equal(m.decode(), e.decode()) for m, e in zip(messages, expected, strict=True))
+    assert all(map(torch.equal, together, alone))
 
 
 @pytest.mark.parametrize(

@@ -34,16 +34,17 @@ from hvd_compress.operators import (
 from hvd_compress.wire import (
     HEADER_BYTES,
     Floats,
+    Fused,
     Message,
     Symmetric,
     add_up,
     decode,
+    device_of,
     encode,
     encode_failure,
     subtract,
 )
 from hvd_compress.wire.bits import pack_fields, pack_unary, unpack_fields, unpack_unary
-from hvd_compress.wire.message import Fused
 from hvd_compress.wire.values import Values
 from hvd_compress.wire.varint import append_varint
 
@@ -131,6 +132,24 @@ def test_messages_that_are_alike_are_summed_as_one(
             work([list(p.messages) for p in packets if p], one_by_one, divisor)
             for ours, theirs in zip(flats, one_by_one, strict=True):  # but for a NaN's payload
                 assert bits_of(ours.nan_to_num(nan=7.5)) == bits_of(theirs.nan_to_num(nan=7.5))
+
+
+@given(alike())
+def test_fused_messages_are_sent_as_single_ones(ranks: list[list[Message]]) -> None:
+    """Those with zeros among their values too."""
+    for messages in ranks:
+        if not isinstance(messages[0].values, Floats):
+            continue
+        indices = torch.cat([i for m in messages if (i := m.indices) is not None])
+        values = torch.cat([m.values.floats for m in messages])
+        counts = [len(m.values) for m in messages]
+        for some in (values, values.round()):
+            fused = Fused([m.shape for m in messages], counts, indices.to(torch.int32), Floats(some))
+            ids = [2 * place for place in range(len(messages))]
+            together, single = encode(fused, ids=ids), encode(list(fused), ids=ids)
+            assert together.data.tobytes() == single.data.tobytes()
+            assert together.shares == single.shares
+            assert device_of(fused) == device_of(messages) == torch.device("cpu")
 
 
 @given(messages())

@@ -21,10 +21,20 @@ class VectorUnit:
 def vector_units() -> list[VectorUnit]: ...
 def top_k(flat: _Floats[_Float], k: int, threads: int, unit: VectorUnit) -> tuple[_Indices, _Floats[_Float]]: ...
 def split_top_k32(
-    flat: _Floats[_Float], other: _Floats[_Float], out: _Floats[_Float], k: int, threads: int, unit: VectorUnit
+    flats: list[_Floats[_Float]],
+    others: list[_Floats[_Float]],
+    outs: list[_Floats[_Float]],
+    ks: Sequence[int],
+    threads: int,
+    unit: VectorUnit,
 ) -> tuple[npt.NDArray[np.int32], _Floats[_Float]]: ...
 def split_top_k64(
-    flat: _Floats[_Float], other: _Floats[_Float], out: _Floats[_Float], k: int, threads: int, unit: VectorUnit
+    flats: list[_Floats[_Float]],
+    others: list[_Floats[_Float]],
+    outs: list[_Floats[_Float]],
+    ks: Sequence[int],
+    threads: int,
+    unit: VectorUnit,
 ) -> tuple[_Indices, _Floats[_Float]]: ...
 def is_finite(flat: npt.NDArray[Any], threads: int) -> bool: ...
 def none_is(vectors: list[npt.NDArray[Any]], number: float) -> bool: ...

@@ -63,13 +63,17 @@ def top_k(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 
-def split_top_k(flat: Tensor, other: Tensor, out: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The same of ``torch.add(flat, other, out=out)``, off which it is then taken; ``out`` may be ``flat``.
+def split_top_k(
+    flats: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor], ks: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The same of each ``torch.add(flat, other, out=out)``, off which it is then taken; ``out`` may be ``flat``.
 
-    Indices are int32 if they suffice.
+    Indices and values of all vectors come one after the other. Indices are int32 if they suffice.
     """
-    split = _native.split_top_k32 if flat.numel() < 1 << 31 else _native.split_top_k64
-    indices, values = split(flat.numpy(), other.numpy(), out.numpy(), k, torch.get_num_threads(), _UNIT)
+    is_short = all(flat.numel() < 1 << 31 for flat in flats)
+    split = _native.split_top_k32 if is_short else _native.split_top_k64
+    x, y, to = ([t.numpy() for t in tensors] for tensors in (flats, others, outs))
+    indices, values = split(x, y, to, ks, torch.get_num_threads(), _UNIT)
     return torch.from_numpy(indices), torch.from_numpy(values)
 
 

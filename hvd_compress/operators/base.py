@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -62,6 +62,10 @@ class Operator(ABC):
         message = apart(self.encode(torch.add(x, other, out=out), **draws), out)
         message.add_to(out, alpha=-1)
         return message
+
+    def split_all(self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor]) -> Sequence[Message]:
+        """:meth:`split` of several vectors, for an operator that draws nothing. Some do it in one call."""
+        return list(map(self.split, xs, others, outs))
 
     def __call__(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """C(x) as a receiver sees it: the shape and device of ``x``, float32 (float64 for float64)."""

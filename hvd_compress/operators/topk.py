@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import lt
 
 import torch
 from torch import Tensor
 
 from ..kernels import native
-from ..wire import Floats, Message
+from ..wire import Floats, Fused, Message
 from .amount import Amount
 from .base import Operator, flatten
 
@@ -40,8 +42,18 @@ class TopK(Amount, Operator):
         k = self.count(x.numel())
         if k == x.numel() or not native.serves(x, other, out):
             return super().split(x, other, out)
-        indices, values = native.split_top_k(x, other, out, k)
+        indices, values = native.split_top_k([x], [other], [out], [k])
         return Message(tuple(x.shape), indices, Floats(values))
+
+    def split_all(self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor]) -> Sequence[Message]:
+        """See :meth:`Operator.split_all`: one call for all, whose messages lie one after the other."""
+        sizes = [x.numel() for x in xs]
+        ks = [self.count(size) for size in sizes]
+        is_one_loop = type(self).split is TopK.split and len({x.dtype for x in xs}) == 1 and all(map(lt, ks, sizes))
+        if not is_one_loop or not native.serves(*xs, *others, *outs):
+            return super().split_all(xs, others, outs)
+        indices, values = native.split_top_k(xs, others, outs, ks)
+        return Fused([(size,) for size in sizes], ks, indices, Floats(values))
 
 
 def largest(flat: Tensor, k: int) -> tuple[Tensor, Tensor]:

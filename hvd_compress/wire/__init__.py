@@ -1,6 +1,6 @@
 """Messages and their bytes. Knows tensors only as numbers, and nothing of MPI."""
 
-from .message import Block, Message, Subset, add_up, subtract
+from .message import Block, Fused, Message, Subset, add_up, device_of, subtract
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
 from .table import Table
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
@@ -12,6 +12,7 @@ __all__ = [
     "Codebook",
     "Encoded",
     "Floats",
+    "Fused",
     "Levels",
     "Message",
     "Packet",
@@ -23,6 +24,7 @@ __all__ = [
     "Values",
     "add_up",
     "decode",
+    "device_of",
     "encode",
     "encode_failure",
     "subtract",

@@ -154,6 +154,8 @@ class Message:
 class Fused(Sequence[Message]):
     """Sparse messages whose indices and values lie one after the other; single ones are cut out when asked for.
 
+    None of them has all elements of its tensor.
+
     Args:
         shapes, counts: of each message; see :class:`Message`.
         indices: int32 or int64 ``[n]``: they are held until all ranks' messages are summed.
@@ -168,17 +170,17 @@ class Fused(Sequence[Message]):
         values: Floats | SymmetricRuns,
     ) -> None:
         self.kind = values.floats.dtype, values.floats.device
-        self._shapes = shapes
-        self._counts = counts
-        self._indices = indices
-        self._values = values
+        self.shapes = shapes
+        self.counts = counts
+        self.indices = indices
+        self.values = values
 
     def vectors(self) -> Sparse:
         """What receivers see of each message."""
-        return Sparse(self._indices, self._values.decode(), self._counts)
+        return Sparse(self.indices, self.values.decode(), self.counts)
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self.shapes)
 
     @overload
     def __getitem__(self, place: int) -> Message: ...
@@ -189,8 +191,15 @@ class Fused(Sequence[Message]):
 
     @cached_property
     def _cut(self) -> list[Message]:
-        indices = self._indices.to(torch.int64).split([*self._counts])
-        return [*map(Message, self._shapes, indices, self._values.split(self._counts))]
+        indices = self.indices.to(torch.int64).split([*self.counts])
+        return [*map(Message, self.shapes, indices, self.values.split(self.counts))]
+
+
+def device_of(messages: Sequence[Message]) -> torch.device:
+    """Where the first one's tensors are; the CPU if there is none."""
+    if isinstance(messages, Fused):
+        return messages.kind[1]
+    return messages[0].device if messages else torch.device("cpu")
 
 
 def add_up(ranks: Sequence[Sequence[Message]], flats: Sequence[Tensor], divisor: float = 1.0) -> None:

@@ -28,7 +28,7 @@ from ..errors import WireError
 from ..kernels import all_finite, none_is
 from .bits import pack_levels, unpack_levels
 from .indices import decode_indices, encode_indices
-from .message import Block, Message, Subset
+from .message import Block, Fused, Message, Subset, device_of
 from .table import (
     BLOCK,
     DENSE,
@@ -42,6 +42,7 @@ from .table import (
     read_table,
     row_of,
     table_of,
+    table_of_fused,
     unrotated,
 )
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
@@ -115,22 +116,15 @@ def encode(
     ids = range(len(messages)) if ids is None else ids
     if any(b <= a for a, b in zip([-1, *ids], ids, strict=False)):
         raise ValueError(f"message ids must ascend from 0 or more, got {list(ids)}")
-    device = messages[0].device if messages else torch.device("cpu")
-    kept = _without_zeros([m.to(device) for m in messages])
-    table = table_of(tuple(map(row_of, ids, kept)))
-
-    coded = [i for place in table.coded if (i := kept[place].indices) is not None]
-    indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
-    indices = indices if indices.dtype == torch.int32 else indices.to(torch.int64)
+    device = device_of(messages)
+    table, indices, quantized, floats = _columns(ids, messages, device)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
-    quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
     alike = groupby(quantized, key=lambda q: (q.bits, q.levels.dtype))
     levels = [pack_levels([q.levels for q in some], bits) for (bits, _), some in alike]
-    floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + table.data, dtype=torch.uint8)
     sections = [front.to(device), unary.to(device), fixed.to(device), *levels, *(f.view(torch.uint8) for f in floats)]
     data = _on_host(torch.cat(sections)).numpy()
-    _seal(data, _MESSAGES, len(kept), round, energy, _OVERFLOW if overflow else 0)
+    _seal(data, _MESSAGES, len(table.rows), round, energy, _OVERFLOW if overflow else 0)
     packet = None
     if table.is_uniform:
         fused = table.fused(indices, torch.cat([q.levels for q in quantized]) if quantized else None, *floats)
@@ -200,6 +194,23 @@ def _seal(data: Bytes, kind: int, count: int, round: int, energy: float, flags: 
 def _checksum(data: Bytes) -> int:
     """CRC-32 of all but the checksum."""
     return zlib.crc32(data[HEADER_BYTES:].data, zlib.crc32(data[: HEADER_BYTES - 4].data))
+
+
+def _columns(
+    ids: Sequence[int], messages: Sequence[Message], device: torch.device
+) -> tuple[Table, Tensor, list[Levels], list[Tensor]]:
+    """The table, and what is written behind it: indices, levels, and for each of DTYPES that there is the floats."""
+    if isinstance(messages, Fused) and isinstance(messages.values, Floats) and none_is([messages.values.floats], 0):
+        table = table_of_fused(tuple(ids), tuple(messages.shapes), tuple(messages.counts), messages.kind[0])
+        return table, messages.indices, [], [messages.values.floats]
+    kept = _without_zeros([m.to(device) for m in messages])
+    table = table_of(tuple(map(row_of, ids, kept)))
+    coded = [i for place in table.coded if (i := kept[place].indices) is not None]
+    indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
+    indices = indices if indices.dtype == torch.int32 else indices.to(torch.int64)
+    quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
+    floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
+    return table, indices, quantized, floats
 
 
 def _without_zeros(messages: Sequence[Message]) -> list[Message]:

@@ -246,6 +246,20 @@ def table_of(rows: tuple[Row, ...]) -> Table:
     return Table.of(rows, b"".join(written), list(map(len, written)))
 
 
+@lru_cache(maxsize=_KEPT)
+def table_of_fused(
+    ids: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...], dtype: torch.dtype
+) -> Table:
+    """The table of sparse messages of floats, each of which has fewer than all elements."""
+    codes = [_index_code(math.prod(shape), count) for shape, count in zip(shapes, counts, strict=True)]
+    number = DTYPES.index(dtype)
+    rows = [
+        Row(id, shape, support, parameter, 0, count, FLOATS, number, 0, 0, None)
+        for id, shape, (support, parameter), count in zip(ids, shapes, codes, counts, strict=True)
+    ]
+    return table_of(tuple(rows))
+
+
 def _write(row: Row, previous_id: int) -> bytes:
     skipped = row.id - previous_id - 1
     dimensions = min(len(row.shape), _MANY_DIMENSIONS)

@@ -55,26 +55,44 @@ py::tuple top_k_of(const Array<Float>& flat, Index k, int threads, VectorUnit un
     return py::make_tuple(std::move(indices), std::move(values));
 }
 
+// The selections of several vectors, one after the other.
 template <class Float, class Place>
-py::tuple split_top_k_of(const Array<Float>& flat, const Array<Float>& other, Array<Float>& out, Index k, int threads,
-                         VectorUnit unit) {
-    require_top_k(flat, k, unit);
-    require_vector(other, "other");
-    require_vector(out, "out");
-    const Index d = flat.size();
-    require(other.size() == d && out.size() == d, "the vectors must be of one length");
-    require(d - 1 <= std::numeric_limits<Place>::max(), "the vectors have more elements than such indices can tell");
-    Array<Place> indices(k);
-    Array<Float> values(k);
-    const Float *x = flat.data(), *y = other.data();
-    Float* to = out.mutable_data();
-    require(to == x || to + d <= x || x + d <= to, "flat and out must be the same or not overlap");
-    require(to + d <= y || y + d <= to, "other and out must not overlap");
+py::tuple split_top_k_of(const std::vector<Array<Float>>& flats, const std::vector<Array<Float>>& others,
+                         std::vector<Array<Float>>& outs, const std::vector<Index>& ks, int threads, VectorUnit unit) {
+    struct Split {
+        const Float *x, *y;
+        Float* to;
+        Index d, k;
+    };
+    require(others.size() == flats.size() && outs.size() == flats.size() && ks.size() == flats.size(),
+            "there must be as many of each");
+    std::vector<Split> splits;
+    Index total = 0;
+    for (std::size_t s = 0; s < flats.size(); ++s) {
+        require_top_k(flats[s], ks[s], unit);
+        require_vector(others[s], "other");
+        require_vector(outs[s], "out");
+        const Index d = flats[s].size();
+        require(others[s].size() == d && outs[s].size() == d, "the vectors must be of one length");
+        require(d - 1 <= std::numeric_limits<Place>::max(), "a vector has more elements than such indices can tell");
+        const Float *x = flats[s].data(), *y = others[s].data();
+        Float* to = outs[s].mutable_data();
+        require(to == x || to + d <= x || x + d <= to, "flat and out must be the same or not overlap");
+        require(to + d <= y || y + d <= to, "other and out must not overlap");
+        splits.push_back({x, y, to, d, ks[s]});
+        total += ks[s];
+    }
+    Array<Place> indices(total);
+    Array<Float> values(total);
     Place* i = indices.mutable_data();
     Float* v = values.mutable_data();
     {
         py::gil_scoped_release released;
-        split_top_k(x, y, to, d, k, threads, unit, i, v);
+        for (const Split& s : splits) {
+            split_top_k(s.x, s.y, s.to, s.d, s.k, threads, unit, i, v);
+            i += s.k;
+            v += s.k;
+        }
     }
     return py::make_tuple(std::move(indices), std::move(values));
 }
@@ -429,8 +447,8 @@ void bind_sums(py::module_& module) {
 
 template <class Float, class Place>
 void bind_split(py::module_& module, const char* name) {
-    module.def(name, &split_top_k_of<Float, Place>, "flat"_a.noconvert(), "other"_a.noconvert(), "out"_a.noconvert(),
-               "k"_a, "threads"_a, "unit"_a);
+    module.def(name, &split_top_k_of<Float, Place>, "flats"_a.noconvert(), "others"_a.noconvert(),
+               "outs"_a.noconvert(), "ks"_a, "threads"_a, "unit"_a);
 }
 
 template <class Float>
