@@ -40,13 +40,11 @@ class Stopwatch(Compressor):
     def __init__(self, compressor: Any) -> None:
         self._compressor = compressor
         self.compressing = self.decompressing = 0.0  # seconds
-        self.computing = 0.0  # of these in compress, what this thread's processor worked
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """The compressor's."""
-        start, worked = time.perf_counter(), time.thread_time()
+        start = time.perf_counter()
         result = self._compressor.compress(tensor)
-        self.computing += time.thread_time() - worked
         self.compressing += time.perf_counter() - start
         return result
 
@@ -69,7 +67,6 @@ class Method:
     watch: Stopwatch | None = None
     seconds: list[float] = field(default_factory=list)
     compressing: list[float] = field(default_factory=list)
-    computing: list[float] = field(default_factory=list)
     steps: int = 0
 
     @property
@@ -112,7 +109,7 @@ def main() -> None:
         for method in methods:
             measure(method, source)
     for method in methods:
-        del method.seconds[: args.warmup], method.compressing[: args.warmup], method.computing[: args.warmup]
+        del method.seconds[: args.warmup], method.compressing[: args.warmup]
     if hvd.rank() == 0 and args.json:
         args.json.write_text(json.dumps({m.name: m.median for m in methods}))
     if hvd.rank() == 0:
@@ -168,11 +165,9 @@ def measure(method: Method, source: list[Tensor]) -> None:
     """One step of a method, all ranks together."""
     for gradient, value in zip(method.gradients, source, strict=True):
         gradient.copy_(value)
-    watch = method.watch or Stopwatch(None)
-    before, worked = watch.compressing, watch.computing
+    before = method.watch.compressing if method.watch else 0.0
     method.seconds.append(timed(method.step))
-    method.compressing.append(watch.compressing - before)
-    method.computing.append(watch.computing - worked)
+    method.compressing.append(method.watch.compressing - before if method.watch else 0.0)
     method.steps += 1
 
 
@@ -191,8 +186,8 @@ def extra_memory(method: Method, source: list[Tensor]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the most so far is what there is now
     for _ in range(3):
         measure(method, source)
-    for measured in (method.seconds, method.compressing, method.computing):
-        measured.clear()
+    method.seconds.clear()
+    method.compressing.clear()
     return (resident("VmHWM") - before) / sum(g.nbytes for g in source)
 
 
@@ -226,11 +221,8 @@ def report(methods: list[Method], copy: float, extra: float, args: argparse.Name
         )
     Console(force_terminal=False, width=100).print(rows)
     ours = methods[0]
-    selecting, working = statistics.median(ours.compressing), statistics.median(ours.computing)
-    print(
-        f"copy of all gradients: {1e3 * copy:.1f} ms; our compress takes {selecting / copy:.2f}× as long, while earlier "
-        f"buckets are packed and sent; its own thread works {working / copy:.2f}× as long"
-    )
+    selecting = statistics.median(ours.compressing)
+    print(f"copy of all gradients: {1e3 * copy:.1f} ms; our compress takes {selecting / copy:.2f}× as long")
     for name in ("GRACE-style top-k", "DGC-style top-k"):
         peer = next(m for m in methods if m.name == name)
         print(f"{name} takes {peer.median / ours.median:.1f}× as long as ours")

@@ -82,7 +82,7 @@ class CompressedAverage:
             except Exception as error:
                 self._reducer.let_fail(error)  # the others wait for this rank
                 break
-            self._reducer.add(name, tensor)  # at once, while it is in the cache
+            self._reducer.add(name, tensor)
         reduced = self._reducer.reduce(step, divisor=self._reducer.size, minuends=minuends)
         if reduced.overflow:
             raise _not_finite([f"{name} on rank {rank}" for rank, name in reduced.overflow])

@@ -227,7 +227,7 @@ class Sender(Member):
         return _total(energies)
 
     def _may_wait(self, name: str, flat: Tensor) -> bool:
-        """Whether a tensor is best compressed together with others: on the CPU each loop takes the caches from Python.
+        """Whether a tensor is best compressed together with others: on a CPU each loop takes the caches from Python.
 
         On a GPU the work is begun at once, as the backward pass goes on.
         """
