@@ -231,9 +231,11 @@ class Sender(Member):
 
         On a GPU the work is begun at once, as the backward pass goes on.
         """
+        is_plain = flat.is_cpu and self._memory.only_adds and self._schedule.energy_of == "nothing"
+        if not is_plain or flat.numel() < self._dense_below:
+            return False
         operator = self._schedule.operator(name)
-        is_plain = not operator.draws and not operator.shared_draws and self._schedule.energy_of == "nothing"
-        return is_plain and self._memory.only_adds and flat.is_cpu and flat.numel() >= self._dense_below
+        return not operator.draws and not operator.shared_draws
 
     def _compress_together(self, names: Sequence[str]) -> Sequence[Message]:
         """Messages of waiting tensors; of none, if there is an error, which is for the exchange to tell."""
@@ -330,7 +332,8 @@ def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:
     Elsewhere if ``into`` says so, or if the storage has another owner or more elements, to which its owner may write.
     Autograd's own gradients are no views.
     """
-    flat, dtype = tensor.detach().reshape(-1), working_dtype(tensor.dtype)
+    # .data has a count of changes of its own: what is done to it later must not look like somebody else's change.
+    flat, dtype = tensor.data.reshape(-1), working_dtype(tensor.dtype)
     flat = flat if flat.dtype == dtype else flat.to(dtype)
     if into is not None:
         return flat, into.view(-1)

@@ -120,6 +120,40 @@ def trains_in_all_sizes(path: str, settings: dict) -> None:
 # They leave early
 
 
+def gradients_wait_for_their_bucket(name: str, options: dict[str, Any]) -> None:
+    """What is done to a gradient when the last of its bucket has come is no change by the program."""
+    parameters = torch.nn.ParameterDict({f"w{i}": torch.zeros(16, 16) for i in range(8)})
+    compressor = getattr(Compression, name)(
+        named_parameters=parameters.named_parameters(), bucket_cap_mb=0.003, dense_below=0, seed=1, **options
+    )
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(parameters.values(), lr=0.1), parameters.named_parameters(), compression=compressor
+    )
+    for step in range(4):
+        optimizer.zero_grad()
+        slopes = [gradient((16, 16), hvd.rank(), step, i) for i in range(8)]
+        sum((p * slope).sum() for p, slope in zip(parameters.values(), slopes, strict=True)).backward()
+        optimizer.step()
+    assert_replicas_identical(list(parameters.values()))
+
+
+@pytest.mark.ranks(2, 3)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("topk", {"k": 5}),
+        ("topk", {"k": 256}),
+        ("topk", {"k": 5, "memory": "none"}),
+        ("threshold", {"threshold": 0.5}),
+        ("cat", {}),
+        ("sign", {}),
+        ("qtopk", {"k": 5, "bits": 4}),
+    ],
+)
+def test_gradients_wait_for_their_bucket(world: World, name: str, options: dict[str, Any]) -> None:
+    world.run(gradients_wait_for_their_bucket, name, options)
+
+
 def leaves_before_it_is_asked() -> None:
     exchange = reducer(TINY)
     names = list(reversed(SHAPES))
