@@ -19,7 +19,7 @@ from .memory import Memory
 from .operators import Operator, working_dtype
 from .operators.base import apart
 from .schedules import Constant, Plan
-from .wire import Message
+from .wire import Message, numels_of
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
     from mpi4py import MPI
@@ -248,6 +248,7 @@ class Sender(Member):
                 xs, memories = zip(*map(self._memory.compensate, names, flats), strict=True)
                 if all(operator is first for operator in others) and all(m is not None for m in memories):
                     messages = first.split_all(flats, memories, xs)
+                    _check_sizes(first, messages, xs)
                 else:
                     messages = [*map(self._message, names, flats, xs, memories)]
         except BaseException as error:
@@ -301,8 +302,7 @@ class Sender(Member):
         if operator.shared_draws:
             draws["shared"] = self._generator(name, ALIKE, x.device)
         message = apart(operator.encode(x, **draws), x) if other is None else operator.split(flat, other, x, **draws)
-        if message.numel != x.numel():
-            raise ValueError(f"{operator!r} made a message of {message.numel} elements from {x.numel()}")
+        _check_sizes(operator, [message], [x])
         return message
 
     def _commit(self, pending: Mapping[str, Pending]) -> dict[str, Tensor]:
@@ -366,6 +366,12 @@ def check_stamp(rank: int, theirs: int, ours: int) -> None:
         f"rank {rank} has seen {their_exchanges} exchanges, this rank {exchanges}: one failed on some ranks alone, "
         "and they differ since then. Load a checkpoint on all ranks"
     )
+
+
+def _check_sizes(operator: Operator, messages: Sequence[Message], xs: Sequence[Tensor]) -> None:
+    for made, x in zip(numels_of(messages), xs, strict=True):
+        if made != x.numel():
+            raise ValueError(f"{operator!r} made a message of {made} elements from {x.numel()}")
 
 
 def _total(numbers: list[Tensor]) -> float:

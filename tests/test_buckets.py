@@ -271,6 +271,24 @@ class FailsOnce(TopK):
         return super().split(x, other, out)
 
 
+class Longer(TopK):
+    """Says more than it was asked, once there is a memory."""
+
+    def split(self, x: torch.Tensor, other: torch.Tensor, out: torch.Tensor, **draws: Any) -> Message:
+        return Message.dense(torch.zeros(len(x) + 1))
+
+
+def message_of_another_size() -> None:
+    exchange = reducer(100.0, Longer)
+    for name in reversed(SHAPES):
+        exchange.add(name, tensor(name, 0))
+    exchange.reduce()
+    for name in reversed(SHAPES):
+        exchange.add(name, tensor(name, 1))
+    with pytest.raises(ValueError, match="made a message of 41 elements from 40"):
+        exchange.reduce()
+
+
 def one_of_several_cannot_be_compressed(cap: float) -> None:
     """Tensors of a bucket are compressed together: no memory of any of them may change."""
     exchange = reducer(cap, FailsOnce)
@@ -299,7 +317,10 @@ def test_a_tensor_that_cannot_be_compressed(world: World, cap: float) -> None:
 
 
 @pytest.mark.ranks(2, 3)
-@pytest.mark.parametrize("variant", [second_tensor_comes_too_early, overflow_in_an_early_bucket, one_rank_adds_less])
+@pytest.mark.parametrize(
+    "variant",
+    [second_tensor_comes_too_early, overflow_in_an_early_bucket, one_rank_adds_less, message_of_another_size],
+)
 def test_a_failure_reaches_all_buckets(world: World, variant: Any) -> None:
     world.run(variant)
 

@@ -1,6 +1,6 @@
 """Messages and their bytes. Knows tensors only as numbers, and nothing of MPI."""
 
-from .message import Block, Fused, Message, Subset, add_up, device_of, subtract
+from .message import Block, Fused, Message, Subset, add_up, device_of, numels_of, subtract
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
 from .table import Table
 from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
@@ -27,5 +27,6 @@ __all__ = [
     "device_of",
     "encode",
     "encode_failure",
+    "numels_of",
     "subtract",
 ]

@@ -195,6 +195,11 @@ class Fused(Sequence[Message]):
         return [*map(Message, self.shapes, indices, self.values.split(self.counts))]
 
 
+def numels_of(messages: Sequence[Message]) -> list[int]:
+    """Elements of the tensor that each is about."""
+    return [math.prod(s) for s in messages.shapes] if isinstance(messages, Fused) else [m.numel for m in messages]
+
+
 def device_of(messages: Sequence[Message]) -> torch.device:
     """Where the first one's tensors are; the CPU if there is none."""
     if isinstance(messages, Fused):

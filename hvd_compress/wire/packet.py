@@ -28,7 +28,7 @@ from ..errors import WireError
 from ..kernels import all_finite, none_is
 from .bits import pack_levels, unpack_levels
 from .indices import decode_indices, encode_indices
-from .message import Block, Fused, Message, Subset, device_of
+from .message import Block, Fused, Message, Subset, device_of, numels_of
 from .table import (
     BLOCK,
     DENSE,
@@ -74,7 +74,7 @@ class Packet:
     @property
     def numels(self) -> Sequence[int]:
         """Of the tensor that each message is about."""
-        return [m.numel for m in self.messages] if self.table is None else self.table.numels
+        return numels_of(self.messages) if self.table is None else self.table.numels
 
     @property
     def counts(self) -> Sequence[int]:
