@@ -265,6 +265,19 @@ def test_sum_at_writes_all_of_a_large_vector_and_nothing_else(start: int, dtype:
     assert bool((around[start + numel :] == 7).all())
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("start", range(8))
+def test_sum_at_a_place_where_no_element_should_begin(start: int, dtype: torch.dtype) -> None:
+    """As in a file behind a header of some bytes."""
+    numel, size = 70_000, dtype.itemsize
+    flat = torch.from_numpy(np.frombuffer(bytearray((numel + 2) * size), f"f{size}", numel, offset=start))
+    sparse = [Sparse(torch.tensor([0, 1, numel - 1]), torch.ones(3, dtype=dtype), [3])]
+    sum_at([flat], sparse, 2.0)
+    expected = torch.zeros(numel, dtype=dtype)
+    sum_at_by_torch([expected], sparse, 2.0)
+    assert equal(flat, expected)
+
+
 @pytest.mark.parametrize("loop", [sum_at, subtract_at])
 @pytest.mark.parametrize("places", [[-1, 2], [3, 10], [4, 4], [5, 3]])
 def test_sums_at_bad_indices_change_nothing(loop: Callable[..., None], places: list[int]) -> None:

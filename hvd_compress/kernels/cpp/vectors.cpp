@@ -74,7 +74,8 @@ void write_out(const Float* from, Index n, Float factor, Float* to, bool is_larg
     static const Stream<Float> stream = best_stream<Float>();
     constexpr Index line = 64 / sizeof(Float);
     const Index head = std::min<Index>(n, -reinterpret_cast<std::uintptr_t>(to) / sizeof(Float) % line);
-    const Index body = is_large ? (n - head) / line * line : 0;
+    const bool has_lines = reinterpret_cast<std::uintptr_t>(to) % sizeof(Float) == 0;  // where elements begin
+    const Index body = is_large && has_lines ? (n - head) / line * line : 0;
     multiply(from, head, factor, to);
     stream(from + head, body, factor, to + head);
     multiply(from + head + body, n - head - body, factor, to + head + body);
