@@ -32,6 +32,7 @@ from .settings import Settings
 
 _is_about = partial(math.isclose, rel_tol=1e-5)
 _use_count = getattr(torch._C, "_storage_Use_Count", None)  # before torch 2.9, only builds with CUDA have it
+_current_node = getattr(torch._C, "_current_autograd_node", lambda: None)
 
 
 class _Dense(NamedTuple):
@@ -69,7 +70,7 @@ class GradientCompressor(Compressor):
         self._latest: str | None = None  # whose gradient came last in this step
         self._followers: dict[str | None, str] = {}  # whose came next, last time
         self._submitted: set[str] = set()  # since the last decompress
-        self._versions: dict[str, int] = {}  # torch's count of changes to their gradients, as they were taken in
+        self._taken: dict[str, tuple[Tensor, int]] = {}  # their gradients, and torch's count of changes to these
         self._op = "Average"  # Horovod's, as the last exchange has shown
         self._scale = 1.0  # the GradScaler's, in this step
         self._tickets: dict[torch.device, list[Tensor]] = {}  # that are still to be given to Horovod
@@ -178,14 +179,18 @@ class GradientCompressor(Compressor):
         if self._scale != 1:
             # In the working dtype, where the small ones of a 16-bit gradient do not vanish.
             reducer.add(name, tensor.to(working_dtype(tensor.dtype)) / self._scale)
-        elif tensor.dtype == working_dtype(tensor.dtype) and tensor.is_contiguous() and _may_have_readers(tensor):
+        elif (
+            tensor.dtype == working_dtype(tensor.dtype)
+            and tensor.is_contiguous()
+            and _may_have_readers(tensor, self._is_in_its_hook(name))
+        ):
             instead = torch.empty_like(tensor)
             reducer.add(name, tensor, instead)
             tensor.data = instead  # frees the old one once it is read; by set_() it would count as a change of both
         else:
             reducer.add(name, tensor)
         if self._gradient(name) is tensor and not tensor._is_view():  # views count changes together
-            self._versions[name] = tensor._version
+            self._taken[name] = tensor, tensor._version
         ticket = self._ticket(tensor.device)
         traffic.horovod += ticket.nbytes
         return ticket, _Ticket(name, tensor.dtype, self._scale)
@@ -257,15 +262,19 @@ class GradientCompressor(Compressor):
                 "a compressor works with op=hvd.Average and op=hvd.Sum only, and as long as no rank has called "
                 "hvd.join(): give all ranks as many batches"
             )
-        now = {name: self._gradient(name) for name in self._versions}
-        changed = [name for name, g in now.items() if g is None or g._version != self._versions[name]]
-        self._versions.clear()
-        if changed:
+        changed = [
+            name
+            for name, (taken, version) in self._taken.items()
+            if self._gradient(name) is not taken or taken._version != version
+        ]
+        self._taken.clear()
+        if changed or _is_within_scaler():
+            which = f"the gradients of {', '.join(changed)}" if changed else "gradients"
             reducer.let_fail(
                 RuntimeError(
-                    f"the gradients of {', '.join(changed)} were changed between backward() and "
-                    "optimizer.synchronize(), when they were on their way: call optimizer.synchronize() first, then "
-                    "clip or unscale them, then optimizer.step() within optimizer.skip_synchronize()"
+                    f"{which} were changed between backward() and optimizer.synchronize(), when they were on their "
+                    "way: call optimizer.synchronize() first, then clip or unscale them, then optimizer.step(), or "
+                    "scaler.step(optimizer), within optimizer.skip_synchronize()"
                 )
             )
         self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
@@ -275,10 +284,15 @@ class GradientCompressor(Compressor):
         assert self._parameters is not None
         return self._parameters[name].grad
 
+    def _is_in_its_hook(self, name: str) -> bool:
+        """Whether autograd is at the gradient of this parameter, not at another's of its group, nor at none."""
+        assert self._parameters is not None
+        return getattr(_current_node(), "variable", None) is self._parameters[name]
+
     def _forget_step(self) -> None:
         """Whatever a step that was never finished has left here."""
         self._submitted.clear()
-        self._versions.clear()
+        self._taken.clear()
         self._reduced.clear()
         self._dense_finite.clear()
         self._sparse.clear()
@@ -323,12 +337,20 @@ def _is_in_horovods_hands(parameter: torch.nn.Parameter) -> bool:
     return frame is not None and any(value is parameter for value in frame.f_locals.values())
 
 
-def _may_have_readers(tensor: Tensor) -> bool:
+def _is_within_scaler() -> bool:
+    """Whether ``scaler.step(optimizer)`` has called, which unscales gradients first, and of which no count tells."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _may_have_readers(tensor: Tensor, is_in_its_hook: bool) -> bool:
     """Whether somebody else may still read this gradient's storage.
 
     Autograd gives one storage to both tables of ``rows[None] + columns[None]``, and goes on with it in the layers
     below. Nothing public tells; where the storage's holders can be explained, nobody else reads it.
     """
     storage = tensor.untyped_storage()
-    holders = 3  # the tensor, the line above, and the caller's hook
+    holders = 2 + is_in_its_hook  # the tensor, the line above, and autograd, which has just made it
     return _use_count is None or _use_count(storage._cdata) > holders
