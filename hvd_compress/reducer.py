@@ -309,12 +309,10 @@ class Reducer(Sender):
     def _depart(self, names: set[str], stamped: int, *, energy: float = 0.0, overflow: bool = False) -> None:
         assert self._exchange is not None, "open() comes first"
         waiting = sorted(names & self._waiting.keys(), key=self._ids.__getitem__)
-        together = self._compress_together(waiting)
-        chosen = sorted(names & self._pending.keys(), key=self._ids.__getitem__)
-        if chosen == waiting:
-            messages = together
-        else:
-            self._messages.update(zip(waiting, together, strict=False))
+        chosen, messages = waiting, self._compress_together(waiting)
+        if not messages or names & self._messages.keys():
+            self._messages.update(zip(waiting, messages, strict=False))
+            chosen = sorted(names & self._messages.keys(), key=self._ids.__getitem__)
             messages = [self._messages.pop(name) for name in chosen]
         device = wire.device_of(messages)
         failure = None if self._failure is None else _story(self._failure)

@@ -104,6 +104,10 @@ class RemoteModel(Sender):
         self._service = Service(private, self._master)
         atexit.register(self._end_of_program)
 
+    def _may_wait(self, name: str, flat: Tensor) -> bool:
+        """No: what interrupts the compression must come before the exchange has begun."""
+        return False
+
     def exchange(self, step: int, anchors: Mapping[str, Tensor]) -> None:
         """Send what was added, and bring ``anchors`` up to date, in place, with what the servers answer.
 

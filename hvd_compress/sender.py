@@ -102,6 +102,7 @@ class Sender(Member):
         try:
             with self._ledger.timed("compress"):
                 self._waiting.pop(name, None)
+                self._messages.pop(name, None)
                 if name in self._pending:
                     self._rollback({name: self._pending.pop(name)})
                 flat, own = laid_out(tensor, into)

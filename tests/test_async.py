@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import horovod.torch as hvd
 import numpy as np
@@ -38,7 +39,7 @@ from hvd_compress import (
     wire,
 )
 from hvd_compress.master import AsTheyCome, ByClock, Master, Shard, Topic, deal, receive
-from hvd_compress.operators import Operator
+from hvd_compress.operators import Operator, TopK
 from hvd_compress.wire import Message
 
 ROOT = Path(__file__).parent.parent
@@ -764,6 +765,34 @@ def an_operator_fails(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["logical", "free-running"])
 def test_an_operator_that_fails_is_known_to_all(world: World, mode: str) -> None:
     world.run(an_operator_fails, mode)
+
+
+def interrupted_while_it_compresses() -> None:
+    """What this rank has done is in its parameters still, and it goes on."""
+    model = Vectors(SHAPES)
+    with wrap(model, 4) as optimizer:
+        train(model, optimizer, 0, 7)
+        before = [p.clone() for p in model.parameters()], memories(optimizer)
+        if hvd.rank() == 1:
+            optimizer.zero_grad()
+            model({name: torch.zeros(shape) for name, shape in SHAPES.items()}).backward()
+            interrupted = mock.patch.object(TopK, "split", side_effect=KeyboardInterrupt)
+            with interrupted as split, pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+            assert split.call_count == 1
+            assert all(map(torch.equal, model.parameters(), before[0]))
+            assert any(
+                bool((p != anchor).any()) for p, anchor in zip(before[0], optimizer._anchors.values(), strict=True)
+            )
+            after = memories(optimizer)
+            assert all(torch.equal(after[name], memory) for name, memory in before[1].items())
+        train(model, optimizer, 8, 13)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_an_interrupt_while_a_rank_compresses_loses_nothing(world: World) -> None:
+    world.run(interrupted_while_it_compresses)
 
 
 class NoRoom(Tensor):

@@ -15,7 +15,7 @@ import torch
 from models import Vectors, assert_replicas_identical, gradient
 from world import World
 
-from hvd_compress import Compression, PeerError, QsparseLocalSGD
+from hvd_compress import Compression, PeerError, QsparseLocalSGD, RankMismatchError, wire
 from hvd_compress.ledger import Ledger
 from hvd_compress.membership import check_horovod_takes, link
 from hvd_compress.memory import Residual
@@ -378,6 +378,43 @@ def one_gives_up() -> None:
     for name in reversed(SHAPES):
         exchange.add(name, tensor(name, 5))
     assert_replicas_identical(list(exchange.reduce().sums.values()))
+
+
+def one_is_interrupted() -> None:
+    """As a bucket is about to depart, whose messages nobody has then; it gives up, or goes on and all know."""
+    for goes_on in (False, True):
+        exchange = reducer(TINY)
+        names = list(reversed(SHAPES))
+        for step in range(2):
+            for name in names:
+                exchange.add(name, tensor(name, step))
+            exchange.reduce()
+        state = exchange.state_dict()
+        for name in names[:2]:
+            exchange.add(name, tensor(name, 2))
+        if hvd.rank() == 1:
+            interrupted = mock.patch.object(wire, "device_of", side_effect=KeyboardInterrupt)
+            with interrupted, pytest.raises(KeyboardInterrupt):
+                exchange.add(names[2], tensor(names[2], 2))
+        else:
+            exchange.add(names[2], tensor(names[2], 2))
+        for name in names[3:] if goes_on else ():
+            exchange.add(name, tensor(name, 2))
+        if goes_on:
+            with pytest.raises(RankMismatchError, match=f"do not send the same tensors: {names[2]}"):
+                exchange.reduce()
+        else:
+            exchange.load_state_dict(state)
+        memory = exchange.state_dict()["memory"]
+        assert all(torch.equal(memory[name], before) for name, before in state["memory"].items())
+        for name in names:
+            exchange.add(name, tensor(name, 2))
+        assert_replicas_identical(list(exchange.reduce().sums.values()))
+
+
+@pytest.mark.ranks(2)
+def test_an_interrupt_before_a_bucket_departs(world: World) -> None:
+    world.run(one_is_interrupted)
 
 
 @pytest.mark.ranks(2, 3)
