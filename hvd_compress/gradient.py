@@ -342,7 +342,7 @@ def _is_within_scaler() -> bool:
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not torch.amp.GradScaler.step.__code__:
         frame = frame.f_back
-    return frame is not None
+    return frame is not None and frame.f_locals["self"].is_enabled()
 
 
 def _may_have_readers(tensor: Tensor, is_in_its_hook: bool) -> bool:

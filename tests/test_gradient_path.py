@@ -1045,6 +1045,23 @@ def replaced_or_unscaled(what: str, given: bool) -> None:
     assert all(torch.equal(after[name], memory) for name, memory in before.items())
 
 
+def under_a_scaler_that_is_disabled() -> None:
+    finals = []
+    for scaler in (None, torch.amp.GradScaler("cpu", enabled=False)):
+        model = Vectors(SHAPES)
+        _, optimizer = wrap(model, grad_scaler=scaler)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(gradients(hvd.rank(), step)).backward()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        finals.append([*model.parameters()])
+    assert all(map(torch.equal, *finals))
+
+
+def test_a_scaler_that_is_disabled_changes_nothing(world: World) -> None:
+    world.run(under_a_scaler_that_is_disabled)
+
+
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("what", ["replaced", "unscaled"])
