@@ -11,8 +11,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -21,6 +22,7 @@ from tensors import resnet50_shapes
 
 from hvd_compress import Compression, Ledger
 from hvd_compress.exchanges import reducer
+from hvd_compress.operators import Operator
 
 EXCHANGES = ("allgather", "hierarchical", "reduce_scatter")
 WORLD = MPI.COMM_WORLD
@@ -58,19 +60,30 @@ def gradients(shapes: list[tuple[int, ...]]) -> dict[str, torch.Tensor]:
     }
 
 
-def compressed(exchange: str, ratio: float, mine: dict[str, torch.Tensor]) -> tuple[Callable[[], None], Ledger]:
+def compressed(
+    exchange: str, ratio: float, mine: dict[str, torch.Tensor]
+) -> tuple[Callable[[], Mapping[str, torch.Tensor]], Ledger]:
     """What exchanges ``mine`` once, and its ledger."""
     settings = Compression.topk(ratio=ratio, exchange=exchange).settings
     ledger = Ledger()
     one = reducer(settings, {name: torch.nn.Parameter(t) for name, t in mine.items()}, ledger)
     one.open(WORLD, range(WORLD.Get_size()), "benchmark", 120)
 
-    def step() -> None:
+    def step() -> Mapping[str, torch.Tensor]:
         for name, tensor in reversed(mine.items()):  # as a backward pass makes them
             one.add(name, tensor.clone())
-        one.reduce()
+        return one.reduce().sums
 
     return step, ledger
+
+
+def elements_of_a_message(mine: dict[str, torch.Tensor], ratio: float) -> int:
+    """How many elements one rank's messages have."""
+    settings = Compression.topk(ratio=ratio).settings
+    assert isinstance(settings.operator, Operator)
+    large = [t.flatten() for t in mine.values() if t.numel() >= settings.dense_below]
+    small = sum(t.numel() for t in mine.values()) - sum(map(len, large))
+    return small + sum(len(settings.operator.encode(t).values) for t in large)
 
 
 def horovod(compression: str, mine: dict[str, torch.Tensor]) -> Callable[[], None]:
@@ -102,7 +115,8 @@ def main() -> None:
             total += torch.Size(shape).numel()
     mine = gradients(shapes)
     card = Card(args.card)
-    steps, sent, handed, within = {}, {}, {}, {}
+    steps: dict[str, Callable[[], Any]] = {}
+    sent, handed, within = {}, {}, {}
     for exchange in EXCHANGES:
         step, ledger = compressed(exchange, args.ratio, mine)
         step()
@@ -111,6 +125,7 @@ def main() -> None:
         mean = [WORLD.allreduce(n) / WORLD.Get_size() / args.steps for n in (ledger.total.mpi, ledger.total.node)]
         handed[exchange], within[exchange] = mean
         steps[exchange] = step
+    summed = sum(int(torch.count_nonzero(total)) for total in steps["reduce_scatter"]().values())
     seconds: dict[str, list[float]] = {}
     if args.rounds:
         os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "8192")
@@ -131,6 +146,7 @@ def main() -> None:
             "nodes": card.nodes,
             "ranks": WORLD.Get_size(),
             "elements": total,
+            "union": summed / elements_of_a_message(mine, args.ratio),
             "bytes per node": sent,
             "bytes handed over per rank": handed,
             "bytes within the node per rank": within,

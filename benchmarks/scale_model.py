@@ -84,7 +84,8 @@ def _cluster(result: dict[str, Any], link: Link) -> Cluster:
 
 
 def _work(result: dict[str, Any]) -> Work:
-    return Work(result["elements"], 4 * result["elements"], result["bytes handed over per rank"]["allgather"])
+    message = result["bytes handed over per rank"]["allgather"]
+    return Work(result["elements"], 4 * result["elements"], message, result["union"])
 
 
 def _bytes_per_second(rate: str) -> float:
@@ -129,7 +130,7 @@ def draw(path: Path) -> None:
             for j, ranks in enumerate(RANKS):
                 local = min(LOCAL, ranks // 2)
                 cluster = Cluster(ranks // local, local, Link(2e-5, gbit / 8 * 1e9), within)
-                seconds = exchanges(cluster, work)
+                seconds = exchanges(cluster, replace(work, union=min(ranks, costs.room(ranks, cluster.nodes))))
                 best = min(seconds, key=seconds.__getitem__)
                 winners[i, j] = list(NAMES).index(best)
                 faster[i, j] = seconds["dense"] / seconds[best]

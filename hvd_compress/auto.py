@@ -67,7 +67,7 @@ class AutoReducer(Member):
         ledger: Ledger,
         nodes: Sequence[int] | None = None,
         node_process_set: hvd.ProcessSet | None = None,
-        reselect: float = 1.0,
+        reselect: float | None = None,
     ) -> None:
         # Configuration
         self._make = make
@@ -197,11 +197,12 @@ class AutoReducer(Member):
         union, most = self._union(messages)
         self._ledger.shared.mpi += sent + agreed + more + 8 * len(mine) + most
         select, pack, opening, packet, message, elements, dense, _ = table.max(axis=0)
+        limit = costs.room(self.size, len(found.nodes)) if self._reselect is None else self._reselect
         work = costs.Work(
             elements=int(elements),
             dense=dense,
             message=message,
-            union=min(union, self._reselect),
+            union=min(union, limit),
             select=select / max(elements, 1),
             pack=pack,
             open=opening,

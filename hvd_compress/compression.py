@@ -392,7 +392,7 @@ class Compression(hvd.Compression):
         exchange: str = "allgather",
         nodes: Sequence[int] | None = None,
         node_process_set: hvd.ProcessSet | None = None,
-        reselect: float = 1.0,
+        reselect: float | None = None,
     ) -> GradientCompressor:
         """A compressor of any operator, your own included.
 
@@ -426,8 +426,9 @@ class Compression(hvd.Compression):
             node_process_set: of the ranks on this rank's node, :func:`hvd_compress.node_process_set`. Within nodes
                 Horovod then sums, on GPUs by NCCL if it has that; else MPI does, through host memory.
             reselect: with ``"reduce_scatter"``, how many elements the sum may have, as a multiple of what one rank
-                sends on average; what is left out is remembered by the rank that summed it. ``math.inf`` leaves
-                nothing out; without ``memory="residual"`` nothing ever is.
+                sends on average; what is left out is remembered by the rank that summed it. None: one such message,
+                or more as long as a rank sends no more than 1.25 messages to other nodes in all (docs/scale.md).
+                ``math.inf`` leaves nothing out; without ``memory="residual"`` nothing ever is.
 
         Raises:
             TypeError: a setting that there is not, or of the wrong kind: an ``operator`` that is none, a

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+TRAFFIC = 1.25  # messages that a rank sends to other nodes in a reduce-scatter, or more where the sum needs more
+
 
 @dataclass(frozen=True)
 class Link:
@@ -104,6 +106,24 @@ def dense(cluster: Cluster, work: Work, itemsize: float = 4) -> Cost:
     latency = 2 * math.ceil(math.log2(max(ranks, 2))) * cluster.between.latency  # trees have it, for the same volume
     slowest = max(volume / cluster.between.bandwidth, inside / cluster.within.bandwidth)
     return Cost(volume, inside, slowest + latency)
+
+
+def room(ranks: int, nodes: int) -> float:
+    """How many elements a reduce-scattered sum may have, as a multiple of what one rank has selected; at least 1.
+
+    As many as let a rank send :data:`TRAFFIC` messages to other nodes in all: L of R ranks being on a node, it is
+    (R − L)/R of one to the owners of regions, and (R − L)/R · ``room``/L for its own region of the sum. A sum of one
+    message's elements alone makes it (1 + 1/L) · (R − L)/R, that is 1 on two nodes with a rank each, 1.75 on eight,
+    and 0.63 on two nodes with four ranks each. With what is free there, less of the sum is left out.
+
+    Args:
+        ranks: in all, R.
+        nodes: that they are on. Those of a single node are taken for one node each.
+    """
+    nodes = nodes if nodes > 1 else ranks
+    if nodes == 1:
+        return 1.0
+    return max(1.0, ranks / nodes * (TRAFFIC * nodes / (nodes - 1) - 1))
 
 
 EXCHANGES = {"allgather": allgather, "hierarchical": hierarchical, "reduce_scatter": reduce_scatter}

@@ -6,10 +6,11 @@ Each rank owns a *region* of the concatenation of all tensors. In one exchange
    would cut its own selection into equal parts (Ok-Topk, arXiv 2201.07598, section 3.1),
 2. each rank sends every other one the part of its messages that lies in that one's region,
 3. owners sum what they have received, in rank order, and select again: as many elements as one rank has sent on
-   average. What is left out goes into the owner's memory, so nothing is lost,
+   average, or more where there is room (:func:`hvd_compress.costs.room`). What is left out goes into the owner's
+   memory, so nothing is lost,
 4. owners send their part of the sum to all, sparse, or dense where that is shorter (SparCML, arXiv 1802.08021).
 
-So a rank sends and receives about twice its own message, however many ranks there are, where with the flat exchange
+So a rank sends and receives between one and two messages, however many ranks there are, where with the flat exchange
 it receives every other rank's.
 """
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from . import wire
+from .costs import room
 from .errors import PeerError, RankMismatchError, WireError
 from .kernels import all_finite, as_divisor
 from .ledger import Ledger
@@ -55,7 +57,8 @@ class ScatteredReducer(Sender):
         shapes, operator, memory, dense_below, seed, ledger: see :class:`hvd_compress.sender.Sender`. Messages must be
             such that they can be divided: sparse, or floats.
         reselect: how many elements the sum may have, as a multiple of what one rank sends on average; infinite for
-            all of them. Memories that take nothing back make it infinite.
+            all of them, None for as many as :func:`hvd_compress.costs.room` says. Memories that take nothing back
+            make it infinite.
         nodes: see :class:`hvd_compress.reducer.Reducer`.
     """
 
@@ -68,7 +71,7 @@ class ScatteredReducer(Sender):
         dense_below: int,
         seed: int,
         ledger: Ledger,
-        reselect: float = 1.0,
+        reselect: float | None = None,
         nodes: Sequence[int] | None = None,
     ) -> None:
         super().__init__(shapes, operator=operator, memory=memory, dense_below=dense_below, seed=seed, ledger=ledger)
@@ -78,6 +81,7 @@ class ScatteredReducer(Sender):
         # State
         self._exchange: Scatter | None = None
         self._watch: Watch | None = None
+        self._limit = math.inf  # elements of the sum, as a multiple of what one rank sends on average
         self._called: Sequence[int] = ()  # what errors call the ranks
 
     @property
@@ -103,6 +107,7 @@ class ScatteredReducer(Sender):
         )
         private = self._meet(communicator, ranks, expects, timeout)
         self._exchange, self._watch, self._called = Scatter(private, labels), Watch(private, timeout), ranks
+        self._limit = room(self.size, self._exchange.nodes) if self._reselect is None else self._reselect
         self._ledger.shared.mpi += self._exchange.sent
 
     def leave(self) -> None:
@@ -268,10 +273,10 @@ class ScatteredReducer(Sender):
                 for place, piece in enumerate(regions[self.rank]):
                     messages = [packet.messages[place] for packet in packets]
                     p = pending[piece.name]
-                    is_whole = overflow or not p.compressed or math.isinf(self._reselect)
+                    is_whole = overflow or not p.compressed or math.isinf(self._limit)
                     mean = sum(len(m.values) for m in messages) / self.size
                     total = _sum(messages, torch.zeros(len(piece), dtype=p.flat.dtype, device=p.flat.device))
-                    result, rest = select_again(total, math.inf if is_whole else self._reselect * mean)
+                    result, rest = select_again(total, math.inf if is_whole else self._limit * mean)
                     results.append(result)
                     if rest is not None:
                         rests.append((piece, rest))

@@ -44,7 +44,7 @@ class Settings:
     exchange: str = "allgather"
     nodes: Sequence[int] | None = None
     node_process_set: hvd.ProcessSet | None = None
-    reselect: float = 1.0
+    reselect: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.operator, Operator | Plan):
@@ -52,7 +52,9 @@ class Settings:
                 "operator must be an Operator or a Plan of hvd_compress, as TopK(ratio=0.01) is (names are for "
                 f"Compression.by_name), got {self.operator!r}"
             )
-        check_numbers(bucket_cap_mb=self.bucket_cap_mb, timeout=self.timeout, reselect=self.reselect)
+        check_numbers(bucket_cap_mb=self.bucket_cap_mb, timeout=self.timeout)
+        if self.reselect is not None:
+            check_numbers(reselect=self.reselect)
         check_process_set("process_set", self.process_set)
         check_process_set("node_process_set", self.node_process_set)
         if self.communicator is not None and not hasattr(self.communicator, "Create_group"):
@@ -71,8 +73,8 @@ class Settings:
             raise ValueError(f"exchange must be one of {', '.join(map(repr, EXCHANGES))}, got {self.exchange!r}")
         if self.nodes is not None and not _are_integers(self.nodes):
             raise TypeError(f"nodes must be an integer for each rank, got {self.nodes!r}")
-        if not self.reselect > 0:
-            raise ValueError(f"reselect must be positive, got {self.reselect!r}")
+        if self.reselect is not None and not self.reselect > 0:
+            raise ValueError(f"reselect must be positive, or None, got {self.reselect!r}")
         memory = self.memory() if callable(self.memory) else self.memory  # which refuses settings of its own
         if not isinstance(memory, Memory) or memory is self.memory:
             raise TypeError(

@@ -269,7 +269,7 @@ def goes_another_way(path: str, exchange: str, nodes: Sequence[int]) -> tuple[in
     runs = []
     for options in ({}, {"nodes": nodes}):
         model = Vectors(SHAPES)
-        optimizer, owner = on_path(path, model, k=40, dense_below=10, exchange=exchange, **options)
+        optimizer, owner = on_path(path, model, k=40, dense_below=10, exchange=exchange, reselect=1.0, **options)
         for step in range(4):
             step_of(model, optimizer, step)
         runs.append((model.state_dict(), memories(owner.state_dict()), owner.ledger.total))
@@ -293,7 +293,7 @@ def test_nodes_change_the_way_and_nothing_else(world: World, exchange: str) -> N
 # Reduce-scatter
 
 
-def ranks_share_the_summing(dtype: torch.dtype, reselect: float) -> None:
+def ranks_share_the_summing(dtype: torch.dtype, reselect: float | None) -> None:
     """Nothing is lost: what was applied and what all memories hold are what all ranks had; each step, exactly."""
     model = Vectors(SHAPES, dtype)
     compression = Compression.topk(
@@ -321,7 +321,7 @@ def ranks_share_the_summing(dtype: torch.dtype, reselect: float) -> None:
 @pytest.mark.ranks(1, 4)
 def test_nothing_is_lost_where_the_sum_is_selected_again(world: World) -> None:
     if world.ranks > 1:
-        world.run(ranks_share_the_summing, torch.float32, 1.0)
+        world.run(ranks_share_the_summing, torch.float32, None)
         world.run(ranks_share_the_summing, torch.float64, 0.5)
 
 
@@ -357,7 +357,8 @@ def test_the_whole_union_is_the_flat_sum(world: World, path: str) -> None:
 
 def selected_by_hand(ranks_values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
     one = opened(
-        Compression.topk(k=2, dense_below=0, exchange="reduce_scatter"), Vectors({"w": (len(ranks_values[0]),)})
+        Compression.topk(k=2, dense_below=0, exchange="reduce_scatter", reselect=1.0),
+        Vectors({"w": (len(ranks_values[0]),)}),
     )
     one.add("w", torch.tensor(ranks_values[hvd.rank()]))
     total = one.reduce().sums["w"].tolist()
@@ -373,6 +374,30 @@ def test_a_second_selection_by_hand(world: World) -> None:
     assert total == same == [9.0, 0.0, 0.0, 0.0, 0.0, 0.0, 7.0, 0.0]
     assert first == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 2.0, 0.0]
     assert second == [0.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
+
+
+def as_many_as_there_is_room_for(nodes: Sequence[int], most: float) -> None:
+    """The default is that much of the sum, by tensor and owner, and what all ranks selected is more."""
+    sums = []
+    for reselect in (None, most):
+        one = opened(
+            Compression.topk(k=30, dense_below=0, exchange="reduce_scatter", nodes=nodes, reselect=reselect),
+            Vectors({"w": (4000,)}),
+        )
+        one.add("w", gradient((4000,), hvd.rank(), 0))
+        sums.append(one.reduce().sums["w"])
+    assert torch.equal(*sums)
+    assert abs(int(torch.count_nonzero(sums[0])) - most * 30) <= hvd.size()  # each owner rounds up
+    assert int(torch.count_nonzero(sums[0])) < 30 * hvd.size() - hvd.size()
+
+
+@pytest.mark.ranks(4)
+def test_the_sum_has_as_many_elements_as_there_is_room_for(world: World) -> None:
+    world.run(as_many_as_there_is_room_for, [0, 1, 2, 3], 1.0)
+    world.run(as_many_as_there_is_room_for, ONE, 1.0)
+    world.run(as_many_as_there_is_room_for, EVEN, 3.0)
+    world.run(as_many_as_there_is_room_for, UNEVEN, 3.0)
+    world.run(as_many_as_there_is_room_for, [0, 1, 1, 2], 4 / 3 * (1.25 * 3 / 2 - 1))
 
 
 def test_selecting_again() -> None:
@@ -589,6 +614,9 @@ def test_settings_that_cannot_be() -> None:
         Compression.topk(k=3, exchange="hierarchical", nodes=["a", "b"])
     with pytest.raises(ValueError, match="reselect must be positive"):
         Compression.topk(k=3, exchange="reduce_scatter", reselect=0)
+    for wrong in ("1", True, torch.tensor(1.0)):
+        with pytest.raises(TypeError, match="reselect must be a number"):
+            Compression.topk(k=3, exchange="reduce_scatter", reselect=wrong)
     model = torch.nn.Linear(3, 3)
     with pytest.raises(ValueError, match="each one sends to servers"):
         AsyncQsparseLocalSGD(
@@ -922,6 +950,27 @@ def test_the_union_of_selections(world: World) -> None:
 
 def cluster(nodes: int, ranks: int, gbit: float = 10.0) -> costs.Cluster:
     return costs.Cluster(nodes, ranks, costs.Link(2e-5, gbit / 8 * 1e9), costs.Link(1e-6, 1e10))
+
+
+def test_a_rank_sends_about_as_much_however_many_there_are() -> None:
+    """Messages to other nodes, in halves of a reduce-scatter whose ranks have selected different elements."""
+
+    def sent(nodes: int, local: int) -> float:
+        ranks = nodes * local
+        room = costs.room(ranks, nodes)
+        assert room >= 1
+        work = costs.Work(elements=1000, dense=4000.0, message=1.0, union=min(room, ranks))
+        return costs.reduce_scatter(cluster(nodes, local), work).between / local
+
+    for nodes in range(2, 40):
+        for local in range(1, 20):
+            least = (nodes - 1) / nodes * (1 + 1 / local)
+            assert sent(nodes, local) == pytest.approx(max(1.25, least))
+    for layouts in ([(2, 1), (2, 2), (2, 4)], [(2, 1), (4, 1), (4, 2)], [(2, 1), (4, 1), (8, 1)]):
+        volumes = [sent(*layout) for layout in layouts]
+        mean = sum(volumes) / 3
+        assert all(0.8 * mean < volume < 1.2 * mean for volume in volumes)
+    assert [costs.room(ranks, 1) for ranks in (1, 2, 4)] == [1.0, 1.5, 1.0] == [costs.room(r, r) for r in (1, 2, 4)]
 
 
 def test_costs_are_what_the_algorithms_send() -> None:

@@ -43,6 +43,7 @@ class Exchange:
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
         found, sent = topology(communicator, nodes)
+        self.nodes = len(found.nodes)
         self._relays = _Relays(communicator, found) if 1 < len(found.nodes) < self.size else None
         # State
         self.sent = sent  # bytes of all send buffers handed to MPI so far, counted by the rank that they come from
