@@ -28,12 +28,13 @@ import re
 import shutil
 import signal
 import time
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import popen_fork, resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import horovod.torch as hvd
 import numpy as np
@@ -119,10 +120,8 @@ class Checkpoints:
             )
         partial = self._path(step).with_suffix(_PARTIAL)
         self._on_first_rank(lambda: self._make_room(partial))
-        _, problem = _attempt(lambda: self._write(partial / _file(self._rank), step, state))
-        self._raise_if_any(self._communicator.allgather(problem))
-        _, problem = _attempt(lambda: _check_loads(partial / _file(self._rank)))
-        self._raise_if_any(self._communicator.allgather(problem), ValueError)
+        self._on_all(lambda: self._write(partial / _file(self._rank), step, state))
+        self._on_all(lambda: _check_loads(partial / _file(self._rank)), ValueError)
         self._on_first_rank(lambda: self._complete(partial, self._path(step)))
 
     def load(self, *, map_location: torch.device | str = "cpu", resize: Resize | None = None) -> Checkpoint | None:
@@ -150,21 +149,17 @@ class Checkpoints:
                 "which divides the memories among these ranks"
             )
         change = Change.of(self._rank, self._size, saved_by)
-        contents, problem = _attempt(
-            lambda: [_read(path / _file(rank), map_location) for rank in change.predecessors]
-        )
-        self._raise_if_any(self._communicator.allgather(problem))
-        assert contents is not None
-        _, problem = _attempt(lambda: _check(path, contents, saved_by))
-        self._raise_if_any(self._communicator.allgather(problem), ValueError)
+        contents = self._on_all(lambda: [_read(path / _file(rank), map_location) for rank in change.predecessors])
+        self._on_all(lambda: _check(path, contents, saved_by), ValueError)
         if saved_by == self._size:
             return Checkpoint(step, contents[0]["state"], saved_by)
         assert resize is not None
-        state, problem = _attempt(lambda: resize(change, [content["state"] for content in contents]))
-        for rank, text in enumerate(self._communicator.allgather(problem)):
-            if text is not None:
-                raise ValueError(f"{path} cannot go on with {self._size} ranks. Rank {rank}: {text}")
-        return Checkpoint(step, dict(state or {}), saved_by)
+        state = self._on_all(
+            lambda: resize(change, [content["state"] for content in contents]),
+            ValueError,
+            f"{path} cannot go on with {self._size} ranks: ",
+        )
+        return Checkpoint(step, dict(state), saved_by)
 
     @property
     def _rank(self) -> int:
@@ -184,7 +179,7 @@ class Checkpoints:
 
     def _make_room(self, partial: Path) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
-        for left_over in self.directory.glob(f"*{_PARTIAL}"):  # by a job that was killed
+        for left_over in self.directory.glob(f"step-*{_PARTIAL}"):  # by a job that was killed
             _delete(left_over)
         partial.mkdir()
 
@@ -212,14 +207,16 @@ class Checkpoints:
 
     def _on_first_rank(self, action: Callable[[], T]) -> T:
         """Its result, or its OSError, on all ranks: file systems may show each rank something else."""
-        result, problem = self._communicator.bcast(_attempt(action) if self._rank == 0 else None)
-        self._raise_if_any([problem])
+        result, error = _attempt(action) if self._rank == 0 else (None, None)
+        result, problem = self._communicator.bcast((result, _told(error)))
+        _raise_if_any([problem], error)
         return result
 
-    def _raise_if_any(self, problems: Sequence[str | None], kind: type[Exception] = OSError) -> None:
-        for rank, problem in enumerate(problems):
-            if problem is not None:
-                raise kind(f"rank {rank}: {problem}")
+    def _on_all(self, action: Callable[[], T], kind: type[Exception] = OSError, what: str = "") -> T:
+        """Its result on this rank, or an error on all of them."""
+        result, error = _attempt(action)
+        _raise_if_any(self._communicator.allgather(_told(error)), error, kind, what)
+        return cast("T", result)
 
 
 class Interruption:
@@ -262,10 +259,13 @@ class Interruption:
 
         self._watch = Watch(self._communicator, timeout, "Interruption.agreed() no.")
         self._requested = False
+        self._earlier: list[Interruption] = []  # which are to hear of the signals, too
         self._blocked = {*signals} - {signal.SIGINT}
         # Threads that exist already may still receive them, so a handler is needed too.
         for number in signals:
-            signal.signal(number, self._handle)
+            before = getattr(signal.signal(number, self._handle), "__self__", None)
+            if isinstance(before, Interruption) and before not in self._earlier:
+                self._earlier.append(before)
         # Its start unblocks SIGTERM, and would come later else, with the first process of "spawn" or "forkserver".
         resource_tracker.ensure_running()
         # A blocked SIGTERM ends none of multiprocessing's, whose pools and exit would wait for ever.
@@ -301,6 +301,8 @@ class Interruption:
         if number == signal.SIGINT and self._requested:
             raise KeyboardInterrupt
         self._requested = True
+        for one in self._earlier:
+            one._handle(number, frame)
 
 
 def _kill_daemons() -> None:
@@ -348,9 +350,18 @@ def _file(rank: int) -> str:
 
 def _read(file: Path, map_location: torch.device | str) -> dict[str, Any]:
     try:
+        if _has_checksums():
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load does not look
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
         return torch.load(file, map_location=map_location, weights_only=True)
     except Exception as error:  # torch.load raises many kinds
         raise OSError(f"{file} cannot be read ({error}); to go on from an older one, delete its directory") from error
+
+
+def _has_checksums() -> bool:
+    """Whether torch writes them: a program may have it leave them out."""
+    return bool(getattr(torch.serialization, "get_crc32_options", lambda: True)())
 
 
 def _check_loads(file: Path) -> None:
@@ -374,12 +385,28 @@ def _check(path: Path, contents: Sequence[Mapping[str, Any]], saved_by: int) -> 
             )
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """What it returns, and what went wrong, as text that can travel."""
+def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    """What it returns, or what went wrong. Ctrl-C too: the others wait to be told."""
     try:
         return action(), None
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        return None, error
+
+
+def _told(error: BaseException | None) -> str | None:
+    """As text that can travel."""
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _raise_if_any(
+    problems: Sequence[str | None], own: BaseException | None, kind: type[Exception] = OSError, what: str = ""
+) -> None:
+    """Raise what stopped this rank, or what kept any rank from it."""
+    if own is not None and not isinstance(own, Exception):
+        raise own
+    for rank, problem in enumerate(problems):
+        if problem is not None:
+            raise kind(f"{what}rank {rank}: {problem}")
 
 
 def _delete(checkpoint: Path) -> None:

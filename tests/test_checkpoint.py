@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import horovod.torch as hvd
 import numpy as np
@@ -184,6 +185,33 @@ def load_damaged(directory: str) -> str:
     return str(caught.value)
 
 
+NUMBERS = torch.arange(1.0, 9.0)
+
+
+def save_numbers(directory: str) -> None:
+    Checkpoints(directory).save(4, {"w": NUMBERS})
+
+
+def interrupted_while_saving(directory: str, where: str, number: int) -> None:
+    """By Ctrl-C, after which the program goes on, and later saves again."""
+    checkpoints = Checkpoints(directory)
+    checkpoints.save(1, {"w": NUMBERS})
+    rank = min(number, hvd.size() - 1) if where == "_write" else 0
+    is_here = hvd.rank() == rank
+    interrupted = mock.patch.object(Checkpoints, where, side_effect=KeyboardInterrupt)
+    with (
+        interrupted if is_here else contextlib.nullcontext(),
+        pytest.raises(KeyboardInterrupt if is_here else OSError, match="" if is_here else "KeyboardInterrupt"),
+    ):
+        checkpoints.save(2, {"w": NUMBERS})
+    for step, loaded in ((0, 1), (3, 3)):
+        if step:
+            checkpoints.save(step, {"w": NUMBERS})
+        saved = checkpoints.load()
+        assert saved is not None
+        assert saved.step == loaded
+
+
 def load_of_another_format(directory: str) -> str:
     with pytest.raises(ValueError, match="has format") as caught:
         Checkpoints(directory).load()
@@ -211,6 +239,23 @@ class TestCheckpoints:
         damaged.write_bytes(damaged.read_bytes()[:-20])
         for text in world.run(load_damaged, str(tmp_path)):
             assert last in text
+
+    def test_a_bit_that_is_wrong(self, world: World, tmp_path: Path) -> None:
+        """Which torch.load does not see."""
+        world.run(save_numbers, str(tmp_path))
+        last = f"rank-{world.ranks - 1:05d}.pt"
+        file = tmp_path / "step-0000000004" / last
+        content = bytearray(file.read_bytes())
+        content[content.index(NUMBERS.numpy().tobytes()) + 3] ^= 0x40
+        file.write_bytes(content)
+        assert not torch.equal(torch.load(file)["state"]["w"], NUMBERS)
+        for text in world.run(load_damaged, str(tmp_path)):
+            assert last in text
+            assert "checksum" in text
+
+    def test_an_interrupt_on_one_rank(self, world: World, tmp_path: Path) -> None:
+        for number, where in enumerate(("_make_room", "_write", "_complete")):
+            world.run(interrupted_while_saving, str(tmp_path / where), where, number)
 
     @pytest.mark.parametrize("wrong", [{"format": 7}, {"size": 9}], ids=["format", "size"])
     def test_one_file_of_another_format(self, world: World, tmp_path: Path, wrong: dict[str, int]) -> None:
@@ -420,6 +465,19 @@ class TestInterruption:
         ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
         assert ended.stdout == "once True\n"
         assert ended.stderr.rstrip().endswith("KeyboardInterrupt")
+
+    def test_two_in_one_program(self) -> None:
+        script = (
+            "import os, signal, horovod.torch as hvd\n"
+            "from hvd_compress import Interruption\n"
+            "hvd.init()\n"
+            "first, second, third = Interruption(), Interruption(), Interruption()\n"
+            "print(first.requested, third.requested)\n"
+            "os.kill(os.getpid(), signal.SIGINT)\n"
+            "print(first.requested, second.requested, third.requested)\n"
+        )
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert ended.stdout == "False False\nTrue True True\n"
 
     def test_processes_started_later_are_not_ended(self) -> None:
         script = (
