@@ -138,6 +138,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         self._steps = 0
         self._last_sync = 0
         self._saved: dict[str, Any] | None = None  # the server's state that was loaded
+        self._is_stale = False  # whether the parameters are still to be set to the anchors
 
     @property
     def ledger(self) -> Ledger:
@@ -179,6 +180,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             if not self._model.is_open:
                 self._begin()
             self._model.may_end = False
+            self._settle()
             loss = self._local_step(closure)
             self._steps += 1
             for name, p in self._parameters.items():
@@ -206,6 +208,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             error = RuntimeError(f"finish() after {self._steps} of total_steps={self._total_steps} steps")
             self._model.fail(error)
             raise error
+        self._settle()
         if self._last_sync != self._steps:
             self._exchange()
         self._model.finish(self._anchors)
@@ -226,10 +229,12 @@ class AsyncQsparseLocalSGD(Wrapped):
         Raises:
             PeerError: another rank, or a server, has failed.
         """
+        self._settle()
         server = self._model.pause() if self._model.is_open else self._saved
         self._model.collect()
         own = {
             "mode": self._mode,
+            "servers": self._servers,
             "steps": self._steps,
             "last_sync": self._last_sync,
             "anchors": {name: anchor.clone() for name, anchor in self._anchors.items()} if self._steps else None,
@@ -257,6 +262,8 @@ class AsyncQsparseLocalSGD(Wrapped):
         own = state.pop(ASYNC_STATE_KEY)
         if own["mode"] != self._mode:
             raise ValueError(f"the state was saved with mode={own['mode']!r}, this is {self._mode!r}")
+        if own.get("servers", self._servers) != self._servers:
+            raise ValueError(f"the state was saved with servers={own['servers']!r}, this is {self._servers!r}")
         saved = own["anchors"] or {}
         wrong = {n for n, anchor in self._anchors.items() if n in saved and anchor.shape != saved[n].shape}
         wrong |= saved.keys() ^ self._anchors.keys() if saved else set()
@@ -300,11 +307,17 @@ class AsyncQsparseLocalSGD(Wrapped):
                 self._model.let_fail(error)  # the others may wait for this rank
                 break
             self._model.add(name, movement)
-        self._last_sync = self._steps
+        self._last_sync, self._is_stale = self._steps, True
         try:
             self._model.exchange(self._steps, self._anchors)
         finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Let the local steps begin at the master model, also if something came between the last time."""
+        if self._is_stale:
             self._set_parameters()
+            self._is_stale = False
 
     @torch.no_grad()
     def _set_parameters(self) -> None:

@@ -10,7 +10,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -793,6 +793,57 @@ def interrupted_while_it_compresses() -> None:
 @pytest.mark.ranks(2)
 def test_an_interrupt_while_a_rank_compresses_loses_nothing(world: World) -> None:
     world.run(interrupted_while_it_compresses)
+
+
+@contextlib.contextmanager
+def half_set(optimizer: Any) -> Iterator[None]:
+    """A context in which the optimizer is interrupted the first time that it has set one of its parameters."""
+
+    @torch.no_grad()
+    def interrupts() -> None:
+        del optimizer._set_parameters
+        name, p = next(iter(optimizer._parameters.items()))
+        p.copy_(optimizer._anchors[name])
+        raise KeyboardInterrupt
+
+    optimizer._set_parameters = interrupts
+    yield
+
+
+def interrupted_as_parameters_are_set() -> None:
+    """Behind the exchange, on one rank: what it has sent is not sent again."""
+    model = Vectors(SHAPES)
+    with wrap(model, 2, ratio=1.0, k=None, mode="logical", total_steps=6) as optimizer:
+        train(model, optimizer, 0, 3)
+        if hvd.rank() == 1:
+            with half_set(optimizer), pytest.raises(KeyboardInterrupt):
+                train(model, optimizer, 3, 4)
+        else:
+            train(model, optimizer, 3, 4)
+        train(model, optimizer, 4, 6)
+    assert_replicas_identical(list(model.parameters()))
+    steps = sum(gradients(r, s)["a"] for r in range(hvd.size()) for s in range(6))
+    torch.testing.assert_close(model.get_parameter("a").detach(), -0.5 * steps / hvd.size())
+
+
+@pytest.mark.ranks(2)
+def test_an_interrupt_as_parameters_are_set_loses_nothing(world: World) -> None:
+    world.run(interrupted_as_parameters_are_set)
+
+
+def resumes_with_other_servers() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, servers=1)
+    train(model, optimizer, 0, 3)
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match="saved with servers=1, this is 2"):
+        wrap(model, servers=2).load_state_dict(state)
+    optimizer.finish()
+
+
+@pytest.mark.ranks(2)
+def test_a_state_of_other_servers(world: World) -> None:
+    world.run(resumes_with_other_servers)
 
 
 class NoRoom(Tensor):
