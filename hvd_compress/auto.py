@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import horovod.torch as hvd
@@ -152,6 +153,24 @@ class AutoReducer(Member):
             self._chosen.let_fail(error)
         else:
             self._failure = self._failure or error
+
+    @property
+    def is_spoilt(self) -> bool:
+        """See :attr:`hvd_compress.meeting.Member.is_spoilt`."""
+        return self._chosen is not None and self._chosen.is_spoilt
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """See :meth:`hvd_compress.meeting.Member.alone`; after an exchange."""
+        assert self._chosen is not None
+        with self._chosen.alone():
+            yield
+
+    def stay_away(self) -> None:
+        """See :meth:`hvd_compress.meeting.Member.stay_away`."""
+        super().stay_away()
+        if self._chosen is not None:
+            self._chosen.stay_away()
 
     def reduce(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import horovod.torch as hvd
@@ -10,13 +11,13 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
-from .errors import NonFiniteError, RankMismatchError
+from .errors import NonFiniteError, PeerError, RankMismatchError
 from .exchanges import reducer
 from .gradient import GradientCompressor
 from .horovod_exchange import for_horovod
 from .kernels import all_finite, is_finite
 from .ledger import Ledger
-from .meeting import agree, tensors_of
+from .meeting import Member, agree, tensors_of
 from .membership import link
 from .reducer import Reduced
 
@@ -76,17 +77,27 @@ class CompressedAverage:
         self._reduce(moved, step, {name: anchor.view(-1) for name, anchor in anchors.items()})
 
     def _reduce(self, moved: Callable[[str], Tensor], step: int, minuends: Mapping[str, Tensor] | None) -> Reduced:
-        for name in reversed(list(self._parameters)):  # as buckets depart: the first travel while the rest is made
-            try:
-                tensor = moved(name)
-            except Exception as error:
-                self._reducer.let_fail(error)  # the others wait for this rank
-                break
-            self._reducer.add(name, tensor)
+        try:
+            for name in reversed([*self._parameters]):  # as buckets depart: the first travel while the rest is made
+                self._reducer.add(name, moved(name))
+        except Exception as error:
+            self._reducer.let_fail(error)  # the others wait for this rank
+        except BaseException:
+            self._reducer.stay_away()
+            raise
         reduced = self._reducer.reduce(step, divisor=self._reducer.size, minuends=minuends)
         if reduced.overflow:
             raise _not_finite([f"{name} on rank {rank}" for rank, name in reduced.overflow])
         return reduced
+
+    @property
+    def is_spoilt(self) -> bool:
+        """See :attr:`hvd_compress.meeting.Member.is_spoilt`."""
+        return self._reducer.is_spoilt
+
+    def alone(self) -> AbstractContextManager[None]:
+        """A context for what comes after the exchange; see :meth:`hvd_compress.meeting.Member.alone`."""
+        return self._reducer.alone()
 
     def residual(self, name: str) -> Tensor | None:
         """What this rank has still to send, flat; None for nothing."""
@@ -105,7 +116,7 @@ class CompressedAverage:
         self._reducer.load_state_dict(state)
 
 
-class HorovodAverage:
+class HorovodAverage(Member):
     """The average over ranks by Horovod's allreduce.
 
     There is no memory: what float16 rounds away is lost, all of a change below 3e-8.
@@ -149,37 +160,56 @@ class HorovodAverage:
         Raises:
             NonFiniteError: inf or NaN on some rank, or a sum that overflows; every rank raises.
             RankMismatchError: ranks are at different steps; every rank raises.
+            PeerError: another rank has failed.
+            Exception: whatever ``moved`` raised.
         """
+        moves: dict[str, Tensor] = {}
+        compressed, contexts = [], []
+        try:
+            for name, p in self._parameters.items():
+                moves[name] = moved(name)
+                tensor, context = self._compression.compress(for_horovod(moves[name].to(p.dtype)))
+                compressed.append(tensor)
+                contexts.append(context)
+        except Exception as error:
+            self.let_fail(error)  # the others wait for this rank
         self._check(step)
-        moves = {name: moved(name) for name in self._parameters}
-        sent = [for_horovod(moves[name].to(p.dtype)) for name, p in self._parameters.items()]
-        compressed, contexts = zip(*map(self._compression.compress, sent), strict=True)
         for name, tensor in zip(moves, compressed, strict=True):
             self.ledger.tensors[name].horovod += tensor.nbytes
         self.ledger.exchanges += 1
         with self.ledger.timed("exchange"):
-            averages = hvd.grouped_allreduce(
-                list(compressed), name="qsparse_local_sgd", process_set=self._process_set
-            )
-        result = {
-            name: self._compression.decompress(average, context).to(moves[name].dtype)
-            for name, average, context in zip(moves, averages, contexts, strict=True)
-        }
-        if not all_finite(list(result.values())):  # of the same numbers on all ranks
-            raise _not_finite([name for name, average in result.items() if not bool(is_finite(average))])
+            averages = hvd.grouped_allreduce(compressed, name="qsparse_local_sgd", process_set=self._process_set)
+        with self.alone():
+            result = {
+                name: self._compression.decompress(average, context).to(moves[name].dtype)
+                for name, average, context in zip(moves, averages, contexts, strict=True)
+            }
+            wrong: list[str] = []
+            if not all_finite(list(result.values())):
+                wrong = [name for name, average in result.items() if not bool(is_finite(average))]
+        if wrong:  # the same on all ranks
+            raise _not_finite(wrong)
         return result
 
     def subtract(self, moved: Callable[[str], Tensor], step: int, anchors: Mapping[str, Tensor]) -> None:
         """See :meth:`CompressedAverage.subtract`."""
-        for name, average in self(moved, step).items():
-            anchors[name].sub_(average)
+        averages = self(moved, step)
+        with self.alone():
+            for name, average in averages.items():
+                anchors[name].sub_(average)
 
     def _check(self, step: int) -> None:
-        """Every rank raises if ranks are at different steps: then the first and the last of them differ."""
-        mine = torch.tensor([step, -step], device="cpu")
+        """Every rank raises if one has failed, or if the first and the last of their steps differ."""
+        failure, self._failure = self._failure, self._spoilt
+        mine = torch.tensor([step, -step, 0 if failure is None else -1 - hvd.rank()], device="cpu")
         self.ledger.shared.horovod += mine.nbytes
-        least = hvd.allreduce(mine, name="qsparse_local_sgd.step", op=hvd.Min, process_set=self._process_set)
-        if least.sum() != 0:
+        exchanged = hvd.allreduce(mine, name="qsparse_local_sgd.step", op=hvd.Min, process_set=self._process_set)
+        first, last, failed = exchanged.tolist()
+        if failure is not None:
+            raise failure
+        if failed < 0:
+            raise PeerError(f"rank {-1 - failed} failed before the average: it raises what has gone wrong")
+        if first + last != 0:
             raise RankMismatchError(
                 f"ranks exchange at different steps; this rank at step {step}: compare sync_every"
             )
@@ -192,7 +222,13 @@ class HorovodAverage:
         """There is none."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger."""
+        """The ledger.
+
+        Raises:
+            RuntimeError: an exchange has failed on this rank alone.
+        """
+        if self._spoilt is not None:
+            raise self._spoilt
         return {"ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -204,6 +240,7 @@ class HorovodAverage:
         if "memory" in state:
             raise ValueError("the state was saved with a compressor and its memory: use the same compression=…")
         self.ledger.load_state_dict(state["ledger"])
+        self._failure = self._spoilt = None
 
 
 def _not_finite(where: list[str]) -> NonFiniteError:

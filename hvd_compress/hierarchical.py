@@ -225,7 +225,7 @@ class HierarchicalReducer(Member):
         try:
             with self._ledger.timed("exchange"):
                 reduced = self._reduce(self._round if step is None else step, divisor, overflow_elsewhere)
-                with self._alone():
+                with self.alone():
                     return reduced.subtracted_from(minuends)
         except BaseException:
             if self._node.size > 1 and not self._told:

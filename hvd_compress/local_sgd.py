@@ -52,7 +52,7 @@ class QsparseLocalSGD(Wrapped):
             paper's: the average is subtracted as it is.
         look_ahead: λ of DEF (arXiv 2004.05298), "detach coefficient": local steps start at x_sync − λ m instead of
             x_sync, nearer to where the model will be once the memory has been sent. 0.3 is that paper's, 1 is
-            step-ahead error feedback (SAEF). Evaluate and save within :meth:`evaluation`, then. With
+            step-ahead error feedback (SAEF). Evaluate within :meth:`evaluation`, then. With
             ``sync_every=1`` around SGD this is DEF.
         forget_at_drop: wipe the memory at an exchange where the learning rate is at most this part of what it was at
             the last one. The paper's algorithm never does; its authors' code does, so 0.5 would follow it. None for
@@ -101,6 +101,8 @@ class QsparseLocalSGD(Wrapped):
         self._local_steps = 0  # since the last exchange
         self._steps = 0  # in all
         self._lr: float | None = None  # largest of the groups', at the last exchange
+        self._is_stale = False  # whether the parameters are still to be set to where the local steps begin
+        self._is_evaluating = False
 
     @property
     def ledger(self) -> Ledger:
@@ -123,6 +125,7 @@ class QsparseLocalSGD(Wrapped):
         with self._one_step():
             if self._steps == 0:
                 self._begin()
+            self._settle()
             loss = self._local_step(closure)
             self._local_steps += 1
             self._steps += 1
@@ -146,6 +149,7 @@ class QsparseLocalSGD(Wrapped):
             PeerError, RankMismatchError, WireError: the exchange failed, on every rank. The local steps stand and go
                 into the next exchange; with a number for ``sync_every``, that is after the next step.
         """
+        self._settle()
         if self._local_steps == 0:
             return
         lr, forgotten = self._lr, self._forget_if_due()
@@ -153,19 +157,24 @@ class QsparseLocalSGD(Wrapped):
             if not self._average.is_open:
                 self._average.open(self._statement())
             self._move_anchors()
-        except Exception as error:
+        except BaseException as error:
             self._lr = lr
-            if forgotten:
-                self._average.load_state_dict(_with_memory(self._average.state_dict(), forgotten))
+            if forgotten is not None and not self._average.is_spoilt:
+                sent = self.ledger.state_dict()
+                self._average.load_state_dict(forgotten)
+                self.ledger.load_state_dict(sent)
             if isinstance(error, NonFiniteError):
-                self._set_parameters(self._starts)
-                self._local_steps = 0
+                self._local_steps, self._is_stale = 0, True
+                self._settle()
             raise
-        for name, anchor in self._anchors.items():
-            lead = self._lead(name)
-            self._starts[name] = anchor if lead is None else anchor - lead.to(anchor)
-        self._set_parameters(self._starts)
-        self._local_steps = 0
+        with self._average.alone():
+            starts = dict(self._anchors)
+            for name, anchor in self._anchors.items():
+                lead = self._lead(name)
+                if lead is not None:
+                    starts[name] = anchor - lead.to(anchor)
+        self._starts, self._local_steps, self._is_stale = starts, 0, True
+        self._settle()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -173,13 +182,16 @@ class QsparseLocalSGD(Wrapped):
 
         Without look-ahead, x_sync is what the parameters are after :meth:`synchronize` anyway.
         """
+        self._settle()
         local = {name: p.detach().clone() for name, p in self._parameters.items()}
-        if self._steps:
-            self._set_parameters(self._anchors)
+        outside, self._is_evaluating = self._is_evaluating, True
         try:
+            if self._steps:
+                self._set_parameters(self._anchors)
             yield
         finally:
             self._set_parameters(local)
+            self._is_evaluating = outside
 
     def reset_memory(self) -> None:
         """Forget what was not sent so far. Do it on all ranks."""
@@ -193,7 +205,17 @@ class QsparseLocalSGD(Wrapped):
         """The wrapped optimizer's state, and under one more key the memory, x_sync and the counters.
 
         Each rank saves its own: memories and, between exchanges, parameters differ.
+
+        Raises:
+            RuntimeError: an exchange has failed on this rank alone; or within :meth:`evaluation` in mid-round, when
+                the model's own state is not that of this one.
         """
+        self._settle()
+        if self._is_evaluating and self._local_steps:
+            raise RuntimeError(
+                f"{self._local_steps} local steps are not in the model within evaluation(), and would be lost: save "
+                "outside of it, or call synchronize() before it"
+            )
         own = {
             "sync_every": None if callable(self.sync_every) else self.sync_every,
             "local_steps": self._local_steps,
@@ -238,8 +260,8 @@ class QsparseLocalSGD(Wrapped):
         starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}
         self._starts = {**self._anchors, **starts}
         self._local_steps, self._steps, self._lr = own["local_steps"], own["steps"], own["lr"]
-        if self._steps and not self._local_steps:
-            self._set_parameters(self._starts)  # which other ranks' parameters need not be
+        self._is_stale = self._steps > 0 and not self._local_steps  # other ranks' parameters may have been loaded
+        self._settle()
 
     def _is_due(self) -> bool:
         if callable(self.sync_every):
@@ -259,10 +281,12 @@ class QsparseLocalSGD(Wrapped):
         if self.outer is None:
             self._average.subtract(self._moved, self._steps, self._anchors)
             return
-        for name, average in self._average(self._moved, self._steps).items():
-            self._anchors[name].grad = average
-        self.outer.step()
-        self.outer.zero_grad(set_to_none=True)
+        averages = self._average(self._moved, self._steps)
+        with self._average.alone():
+            for name, average in averages.items():
+                self._anchors[name].grad = average
+            self.outer.step()
+            self.outer.zero_grad(set_to_none=True)
 
     def _moved(self, name: str) -> Tensor:
         """By how much the local steps have moved a parameter, downwards."""
@@ -281,12 +305,18 @@ class QsparseLocalSGD(Wrapped):
         for name, p in self._parameters.items():
             p.copy_(values[name])
 
-    def _forget_if_due(self) -> dict[str, Tensor]:
-        """Returns the memory that was forgotten, in case that the exchange fails."""
-        forgotten: dict[str, Tensor] = {}
+    def _settle(self) -> None:
+        """Let the local steps begin where they are to begin, also if something came between the last time."""
+        if self._is_stale:
+            self._set_parameters(self._starts)
+            self._is_stale = False
+
+    def _forget_if_due(self) -> dict[str, Any] | None:
+        """Returns the average's state with the memory that was forgotten, in case that the exchange fails."""
+        forgotten = None
         lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
         if self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr:
-            forgotten = dict(_memory_in(self._average.state_dict()))
+            forgotten = self._average.state_dict()
             self.reset_memory()
         self._lr = lr
         return forgotten
@@ -311,21 +341,6 @@ def _outer(make: Callable[[list[Tensor]], torch.optim.Optimizer], anchors: list[
     if {id(p) for group in made.param_groups for p in group["params"]} != {*map(id, anchors)}:
         raise ValueError(f"outer must make an optimizer of all the parameters that it is called with, got {made!r}")
     return made
-
-
-_PARTS = ("inner", "chosen")  # keys of a state under which there is that of an exchange within another
-
-
-def _memory_in(state: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """What an average's state says of the memory."""
-    parts = [state[key] for key in _PARTS if state.get(key) is not None]
-    return _memory_in(parts[0]) if parts else state.get("memory", {})
-
-
-def _with_memory(state: Mapping[str, Any], memory: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An average's state with another memory."""
-    parts: dict[str, Any] = {key: _with_memory(state[key], memory) for key in _PARTS if state.get(key) is not None}
-    return {**state, **(parts or {"memory": memory})}
 
 
 def post_local(first: int, then: int) -> Callable[[int], bool]:

@@ -21,6 +21,8 @@ from .schedules import Plan
 if TYPE_CHECKING:  # importing mpi4py starts MPI, which must wait until the job is known to have ranks
     from mpi4py import MPI
 
+    from .exchange import Watch
+
 _TOKEN_BYTES = 8
 
 Place = tuple[int, int]  # a rank's place among those that reduce together, and their number
@@ -33,6 +35,7 @@ class Member:
     _place: Place | None  # once the ranks have met
     _failure: Exception | None = None  # of the next exchange, on this rank
     _spoilt: Exception | None = None  # why all exchanges fail, until a state is loaded
+    _watch: Watch | None = None  # over this rank, if others would wait for it
 
     @property
     def size(self) -> int:
@@ -51,12 +54,22 @@ class Member:
         """Whether small tensors have to come here too."""
         return self._memory.covers_small
 
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether this rank differs from the others, until a state is loaded."""
+        return self._spoilt is not None
+
     def let_fail(self, error: Exception) -> None:
         """Let the next exchange fail, on all ranks: here with ``error``, unless something else came first."""
         self._failure = self._failure or error
 
+    def stay_away(self) -> None:
+        """After an interrupt, this rank does not come to the exchange that it has begun: let others find that out."""
+        if self._watch is not None:
+            self._watch.give_up()
+
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """A context for what comes after the others were told that all is well.
 
         What fails there, but for what all ranks find wrong alike, leaves this rank half changed. It raises here, and

@@ -216,13 +216,13 @@ class Reducer(Sender):
         self._gone.clear()
         try:
             arrived = self._arrive(departed, failure)
-            with self._alone():
+            with self.alone():
                 overflow = _overflow(self._called, departed, arrived)
             overflow = self._agree(overflow)
         except BaseException:
             self._rollback(pending)
             raise
-        with self._alone():
+        with self.alone():
             self._conclude(pending, departed, arrived)
             return self._reduced(pending, departed, arrived, overflow, divisor, minuends)
 
@@ -328,7 +328,7 @@ class Reducer(Sender):
         """What has become of the buckets, if all of them are as they should be."""
         assert self._exchange is not None, "open() comes first"
         try:
-            with self._ledger.timed("exchange"), self._alone():
+            with self._ledger.timed("exchange"), self.alone():
                 wait(bucket.arrival for bucket in departed)  # whatever becomes of the first of them
                 arrived = [bucket.arrival.result() for bucket in departed]
         finally:

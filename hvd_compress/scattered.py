@@ -135,7 +135,7 @@ class ScatteredReducer(Sender):
         try:
             with self._ledger.timed("compress"):
                 reduced = self._reduce(stamp(self._round, step), divisor, overflow_elsewhere)
-                with self._alone():
+                with self.alone():
                     return reduced.subtracted_from(minuends)
         finally:
             self._watch.end()
@@ -153,7 +153,7 @@ class ScatteredReducer(Sender):
             packets, failure = self._scatter(messages, regions, step, failure, overflow_elsewhere)
             flagged = [p.overflow for p in packets]
             results, rests = self._gather(pending, regions, packets, step, failure)
-            with self._alone():
+            with self.alone():
                 overflow = self._overflow(flagged, results, regions)
             overflow = self._agree(overflow)
         except BaseException:
@@ -163,7 +163,7 @@ class ScatteredReducer(Sender):
             self._ledger.exchanges += 1
             self._ledger.shared.mpi += self._exchange.sent - sent_before
             self._ledger.shared.node += self._exchange.within - within_before
-        with self._alone():
+        with self.alone():
             self._round += 1
             self._schedule.advance(sum(p.energy for p in packets) / len(packets), kept)
             sums = self._rollback(pending) if overflow else self._commit(pending)
@@ -294,7 +294,7 @@ class ScatteredReducer(Sender):
         if failure is not None:
             raise failure
         device = next(iter(pending.values())).flat.device if pending else torch.device("cpu")
-        with self._alone():
+        with self.alone():
             gathered = [
                 self._opened(data, owner, [self._ids[p.name] for p in regions[owner]], regions[owner], step, device)
                 for owner, data in enumerate(received)

@@ -123,9 +123,15 @@ class Wrapped(torch.optim.Optimizer):
                 f"the wrapped optimizer was given {len(strange)} parameter(s) that would not be exchanged: make a "
                 f"new {type(self).__name__} after changing the model, on all ranks"
             )
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None and getattr(self.optimizer, "_should_synchronize", False):
+            raise RuntimeError(
+                "Horovod is still averaging the gradients that a GradScaler is to unscale: call synchronize() of the "
+                f"hvd.DistributedOptimizer within {type(self).__name__} first, then scaler.step(…) within its "
+                "skip_synchronize()"
+            )
         if bool(getattr(self, "found_inf", False)):
             return None
-        scale = getattr(self, "grad_scale", None)
         if scale is not None:
             for p in self._parameters.values():
                 if p.grad is not None:

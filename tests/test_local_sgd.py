@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 from unittest import mock
@@ -436,6 +437,181 @@ def interrupted_in_an_operator() -> None:
 @pytest.mark.ranks(1, 2)
 def test_an_interrupt_in_an_operator_changes_no_memory(world: World) -> None:
     world.run(interrupted_in_an_operator)
+
+
+def fails_behind_the_exchange(where: str, path: str) -> None:
+    """On one rank, in what QsparseLocalSGD makes of the average: it has moved less, or would send it again."""
+    model = Vectors(SHAPES)
+    settings: dict[str, dict[str, Any]] = {
+        "outer": {"outer": lambda x: torch.optim.SGD(x, lr=0.5, momentum=0.5)},
+        "sub_": {},
+        "lead": {"look_ahead": 0.5},
+    }
+    compression = hvd.Compression.none if path == "none" else Compression.topk(k=5, dense_below=0)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+        **settings[where],
+    )
+    train(model, optimizer, 0, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, 2, 3)
+    expected = copy.deepcopy(model.state_dict())
+    optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    places: dict[str, Any] = {
+        "outer": (optimizer.outer, "step"),
+        "sub_": (Tensor, "sub_"),
+        "lead": (optimizer, "_lead"),
+    }
+    if hvd.rank() == 1:
+        with (
+            mock.patch.object(*places[where], side_effect=MemoryError("no room")),
+            pytest.raises(MemoryError, match="no room"),
+        ):
+            train(model, optimizer, 2, 3)
+        with pytest.raises(RuntimeError, match=r"on this rank alone \(MemoryError: no room\).*load a checkpoint"):
+            optimizer.state_dict()
+    else:
+        train(model, optimizer, 2, 3)
+    for step in (3, 4):
+        text = "MemoryError: no room" if path != "none" or hvd.rank() == 1 else "rank 1 failed"
+        with pytest.raises(RuntimeError if hvd.rank() == 1 else PeerError, match=text):
+            train(model, optimizer, step, step + 1)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    train(model, optimizer, 2, 3)
+    assert_same(dict(model.state_dict()), dict(expected))
+    with optimizer.evaluation():
+        assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    ("where", "path"), [("outer", "topk"), ("outer", "none"), ("sub_", "none"), ("lead", "topk")]
+)
+def test_no_room_behind_the_exchange_on_one_rank(world: World, where: str, path: str) -> None:
+    world.run(fails_behind_the_exchange, where, path)
+
+
+@contextlib.contextmanager
+def half_set(optimizer: Any) -> Iterator[None]:
+    """A context in which the optimizer is interrupted the first time that it has set one of its parameters."""
+
+    @torch.no_grad()
+    def interrupts(values: Mapping[str, Tensor]) -> None:
+        del optimizer._set_parameters
+        name, p = next(iter(optimizer._parameters.items()))
+        p.copy_(values[name])
+        raise KeyboardInterrupt
+
+    optimizer._set_parameters = interrupts
+    yield
+
+
+def interrupted_as_parameters_are_set(where: str) -> None:
+    """On one rank, half of them; it goes on where it was."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    train(model, optimizer, 0, 3)
+    reference = copy.deepcopy(model.state_dict())
+
+    def evaluates() -> None:
+        with optimizer.evaluation():
+            raise AssertionError("not to be reached")
+
+    if hvd.rank() == 1:
+        with half_set(optimizer), pytest.raises(KeyboardInterrupt):
+            evaluates() if where == "evaluation" else optimizer.synchronize()
+    elif where == "synchronize":
+        optimizer.synchronize()
+    if where == "evaluation":
+        assert_same(dict(model.state_dict()), dict(reference))
+        optimizer.synchronize()
+    assert optimizer.state_dict()["qsparse_local_sgd"]["local_steps"] == 0
+    train(model, optimizer, 3, 5)
+    optimizer.synchronize()
+    assert_replicas_identical(list(model.parameters()))
+    total = sum((gradients(r, s)["a"] for r in range(2) for s in range(5)), torch.zeros(40)) / 4  # lr 0.5, mean
+    waiting = hvd.allreduce(optimizer._average.residual("a"), name="waiting")
+    torch.testing.assert_close(model.get_parameter("a").detach(), waiting - total)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("where", ["synchronize", "evaluation"])
+def test_an_interrupt_as_parameters_are_set_loses_nothing(world: World, where: str) -> None:
+    world.run(interrupted_as_parameters_are_set, where)
+
+
+def fails_before_horovod_is_asked() -> None:
+    """On one rank, whose program goes on; all know, and the steps of both go into the next average."""
+    model = Vectors(SHAPES)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5), named_parameters=model.named_parameters(), sync_every=2
+    )
+    train(model, optimizer, 0, 3)
+    if hvd.rank() == 1:
+        with (
+            mock.patch.object(optimizer, "_moved", side_effect=MemoryError("no room")),
+            pytest.raises(MemoryError, match="no room"),
+        ):
+            train(model, optimizer, 3, 4)
+    else:
+        with pytest.raises(PeerError, match="rank 1 failed before the average"):
+            train(model, optimizer, 3, 4)
+    train(model, optimizer, 4, 5)
+    assert_replicas_identical(list(model.parameters()))
+    total = sum((gradients(r, s)["a"] for r in range(2) for s in range(5)), torch.zeros(40)) / 4
+    torch.testing.assert_close(model.get_parameter("a").detach(), -total)
+
+
+@pytest.mark.ranks(2)
+def test_a_failure_before_horovods_average_is_known_to_all(world: World) -> None:
+    world.run(fails_before_horovod_is_asked)
+
+
+def forgets_and_is_interrupted() -> None:
+    """The memory that was wiped since the learning rate has dropped is there again."""
+    model = Vectors(SHAPES)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5, dense_below=0),
+        forget_at_drop=0.5,
+    )
+    train(model, optimizer, 0, 2)
+    before = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"]
+    optimizer.param_groups[0]["lr"] = 0.05
+    with (
+        mock.patch.object(TopK, "split_all", side_effect=KeyboardInterrupt),
+        mock.patch.object(TopK, "encode", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train(model, optimizer, 2, 3)
+    assert_same(optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"], before)
+    optimizer.synchronize()
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_an_interrupt_brings_back_what_was_to_be_forgotten(world: World) -> None:
+    world.run(forgets_and_is_interrupted)
+
+
+def saves_within_an_evaluation() -> None:
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    train(model, optimizer, 0, 3)
+    with optimizer.evaluation(), pytest.raises(RuntimeError, match="1 local steps are not in the model"):
+        optimizer.state_dict()
+    assert optimizer.state_dict()["qsparse_local_sgd"]["local_steps"] == 1
+    optimizer.synchronize()
+    with optimizer.evaluation():
+        assert optimizer.state_dict()["qsparse_local_sgd"]["local_steps"] == 0
+
+
+def test_a_state_within_an_evaluation_in_mid_round(world: World) -> None:
+    world.run(saves_within_an_evaluation)
 
 
 def tries_again() -> None:

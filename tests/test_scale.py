@@ -1036,10 +1036,49 @@ def two_levels(nodes: list[int]) -> None:
     assert optimizer.ledger.exchanges == 2
 
 
+def two_levels_under_a_scaler(nodes: list[int]) -> None:
+    """Gradients are averaged inside a node before they are unscaled."""
+    model = Vectors(SHAPES)
+    node = node_process_set(nodes)
+    together = [r for r in range(hvd.size()) if nodes[r] == nodes[hvd.rank()]]
+
+    def wrapped(of: Vectors) -> tuple[Any, QsparseLocalSGD]:
+        named = list(of.named_parameters())
+        inner = hvd.DistributedOptimizer(sgd(of), named_parameters=named, process_set=node)
+        compression = Compression.topk(
+            k=40, dense_below=0, exchange="hierarchical", nodes=nodes, process_set=hvd.global_process_set
+        )
+        return inner, QsparseLocalSGD(inner, named_parameters=named, compression=compression, sync_every=3)
+
+    inner, optimizer = wrapped(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        scaler.scale(model(gradients(hvd.rank(), step))).backward()
+        inner.synchronize()
+        with inner.skip_synchronize():
+            scaler.step(optimizer)
+        scaler.update()
+        for name, p in model.named_parameters():
+            total = sum((gradients(r, s)[name] for r in together for s in range(step + 1)), torch.zeros_like(p))
+            assert torch.equal(p.detach(), -total / len(together))
+    optimizer.zero_grad()
+    scaler.scale(model(gradients(hvd.rank(), 2))).backward()
+    with pytest.raises(RuntimeError, match=r"call synchronize\(\) of the hvd\.DistributedOptimizer"):
+        scaler.step(optimizer)
+    inner.synchronize()
+
+
 @pytest.mark.ranks(4)
 def test_two_levels_of_local_sgd(world: World) -> None:
     world.run(two_levels, EVEN)
     world.close()  # whose process sets other tests would meet
+
+
+@pytest.mark.ranks(4)
+def test_two_levels_under_a_grad_scaler(world: World) -> None:
+    world.run(two_levels_under_a_scaler, EVEN)
+    world.close()
 
 
 def refuses_to_average_twice() -> None:
