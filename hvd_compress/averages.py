@@ -78,17 +78,21 @@ class CompressedAverage:
 
     def _reduce(self, moved: Callable[[str], Tensor], step: int, minuends: Mapping[str, Tensor] | None) -> Reduced:
         try:
+            self._add(moved)
+            reduced = self._reducer.reduce(step, divisor=self._reducer.size, minuends=minuends)
+        except BaseException:
+            self._reducer.stay_away()
+            raise
+        if reduced.overflow:
+            raise _not_finite([f"{name} on rank {rank}" for rank, name in reduced.overflow])
+        return reduced
+
+    def _add(self, moved: Callable[[str], Tensor]) -> None:
+        try:
             for name in reversed([*self._parameters]):  # as buckets depart: the first travel while the rest is made
                 self._reducer.add(name, moved(name))
         except Exception as error:
             self._reducer.let_fail(error)  # the others wait for this rank
-        except BaseException:
-            self._reducer.stay_away()
-            raise
-        reduced = self._reducer.reduce(step, divisor=self._reducer.size, minuends=minuends)
-        if reduced.overflow:
-            raise _not_finite([f"{name} on rank {rank}" for rank, name in reduced.overflow])
-        return reduced
 
     @property
     def is_spoilt(self) -> bool:

@@ -64,7 +64,7 @@ class Member:
         self._failure = self._failure or error
 
     def stay_away(self) -> None:
-        """After an interrupt, this rank does not come to the exchange that it has begun: let others find that out."""
+        """This rank has been kept from the exchange that it has begun: who waits for it is to find that out."""
         if self._watch is not None:
             self._watch.give_up()
 

@@ -415,18 +415,17 @@ def test_no_room_after_the_exchange_on_one_rank(world: World, where: str, option
     world.run(fails_after_the_exchange, where, options)
 
 
-def interrupted_in_an_operator() -> None:
-    """By Ctrl-C on the last rank, which then saves its state, or comes after all."""
+def interrupted_in_an_operator(where: str) -> None:
+    """By Ctrl-C on the last rank, which then saves its state, or comes after all; who asks hears that it is away."""
     model = Vectors(SHAPES)
     optimizer = wrap(model)
     train(model, optimizer, 0, 2)
     before = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"]
     if hvd.rank() == hvd.size() - 1:
-        with (
-            mock.patch.object(TopK, "split_all", side_effect=KeyboardInterrupt),
-            pytest.raises(KeyboardInterrupt),
-        ):
+        place = optimizer if where == "_moved" else TopK
+        with mock.patch.object(place, where, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             train(model, optimizer, 2, 3)
+        assert optimizer._average._reducer._watch._watcher.since is None
         assert_same(optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"], before)
         optimizer.synchronize()
     else:
@@ -436,7 +435,8 @@ def interrupted_in_an_operator() -> None:
 
 @pytest.mark.ranks(1, 2)
 def test_an_interrupt_in_an_operator_changes_no_memory(world: World) -> None:
-    world.run(interrupted_in_an_operator)
+    world.run(interrupted_in_an_operator, "split_all")
+    world.run(interrupted_in_an_operator, "_moved")
 
 
 def fails_behind_the_exchange(where: str, path: str) -> None:
