@@ -108,6 +108,11 @@ class HierarchicalReducer(Member):
         self._owned: list[Piece] = []  # the shard
 
     @property
+    def is_spoilt(self) -> bool:
+        """See :attr:`hvd_compress.meeting.Member.is_spoilt`."""
+        return super().is_spoilt or (self._inner is not None and self._inner.is_spoilt)
+
+    @property
     def is_open(self) -> bool:
         """Whether the ranks have met."""
         return self._place is not None

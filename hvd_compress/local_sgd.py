@@ -315,7 +315,8 @@ class QsparseLocalSGD(Wrapped):
         """Returns the average's state with the memory that was forgotten, in case that the exchange fails."""
         forgotten = None
         lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
-        if self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr:
+        has_dropped = self._lr is not None and lr <= (self._forget_at_drop or 0.0) * self._lr
+        if self._forget_at_drop is not None and has_dropped and not self._average.is_spoilt:
             forgotten = self._average.state_dict()
             self.reset_memory()
         self._lr = lr

@@ -17,6 +17,7 @@ it receives every other rank's.
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -83,6 +84,7 @@ class ScatteredReducer(Sender):
         self._watch: Watch | None = None
         self._limit = math.inf  # elements of the sum, as a multiple of what one rank sends on average
         self._called: Sequence[int] = ()  # what errors call the ranks
+        self._is_awaited = False  # from the first to the last of an exchange's collectives
 
     @property
     def is_open(self) -> bool:
@@ -129,7 +131,10 @@ class ScatteredReducer(Sender):
         overflow_elsewhere: bool = False,
         minuends: Mapping[str, Tensor] | None = None,
     ) -> Reduced:
-        """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`."""
+        """Exchange what was added; see :meth:`hvd_compress.reducer.Reducer.reduce`.
+
+        A rank that fails or is interrupted where others wait for it, and cannot be told, ends the job.
+        """
         assert self._watch is not None, "open() comes first"
         self._watch.begin()
         try:
@@ -137,6 +142,10 @@ class ScatteredReducer(Sender):
                 reduced = self._reduce(stamp(self._round, step), divisor, overflow_elsewhere)
                 with self.alone():
                     return reduced.subtracted_from(minuends)
+        except BaseException:
+            if self._is_awaited:
+                self._watch.end_job(f"the others wait for it, and it fails:\n{traceback.format_exc()}")
+            raise
         finally:
             self._watch.end()
 
@@ -149,6 +158,7 @@ class ScatteredReducer(Sender):
                 proposal = self._proposal(*(({}, {}) if failure else (pending, messages)))
             except Exception as error:
                 failure, proposal = error, self._proposal({}, {})
+            self._is_awaited = self.size > 1
             regions, kept = self._agree_on_regions(*proposal)
             packets, failure = self._scatter(messages, regions, step, failure, overflow_elsewhere)
             flagged = [p.overflow for p in packets]
@@ -289,7 +299,12 @@ class ScatteredReducer(Sender):
         if failure is not None:
             buffer = wire.encode_failure(_text(failure), round=step)
         with self._ledger.timed("exchange"):
-            received = self._exchange.allgatherv(buffer)
+            try:
+                received = self._exchange.allgatherv(buffer)
+            except OverflowError:  # on all ranks
+                self._is_awaited = False
+                raise
+        self._is_awaited = False
         self._count(shares)
         if failure is not None:
             raise failure

@@ -17,7 +17,7 @@ import torch
 from models import Vectors, assert_replicas_identical, gradient, through_a_file
 from test_exchange import Counting, Fragile
 from torch import Tensor
-from world import World
+from world import World, launch
 
 from hvd_compress import (
     DQGAN,
@@ -353,6 +353,41 @@ def test_the_whole_union_is_the_flat_sum(world: World, path: str) -> None:
         world.run(is_the_flat_sum, path, torch.float32, {"ratio": 0.05, "dense_below": 10})
         world.run(is_the_flat_sum, path, torch.float64, {"k": 3, "dense_below": 0})
         world.run(is_the_flat_sum, path, torch.float16, {"ratio": 0.9, "dense_below": 0})
+
+
+AWAITED = """
+import contextlib, sys
+from unittest import mock
+import horovod.torch as hvd, torch
+from hvd_compress import Compression, QsparseLocalSGD, exchange
+hvd.init()
+model = torch.nn.Linear(50, 50)
+hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+compression = Compression.topk(k=5, exchange="reduce_scatter")
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+optimizer = QsparseLocalSGD(sgd, named_parameters=model.named_parameters(), compression=compression)
+for step in range(5):
+    model(torch.ones(50)).sum().backward()
+    fails = mock.patch.object(exchange.Scatter, sys.argv[1], side_effect=getattr(__builtins__, sys.argv[2]))
+    with fails if hvd.rank() == 1 and step == 2 else contextlib.nullcontext():
+        try:
+            optimizer.step()
+        except BaseException as caught:
+            print("goes on after", repr(caught), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [("sum", "KeyboardInterrupt"), ("alltoall", "MemoryError"), ("allgatherv", "KeyboardInterrupt")],
+)
+def test_a_rank_that_cannot_tell_the_others_ends_the_job(where: str, error: str) -> None:
+    """Where they are in a collective operation of the exchange, which it would leave for the next one's."""
+    ended = launch(2, ["-c", AWAITED, where, error])
+    assert ended.returncode != 0
+    assert "rank 1 ends the job: the others wait for it, and it fails" in ended.stdout
+    assert f"\n{error}" in ended.stdout
+    assert "goes on" not in ended.stdout
 
 
 def selected_by_hand(ranks_values: list[list[float]]) -> tuple[list[float], list[list[float]]]:
