@@ -134,11 +134,10 @@ class AsyncQsparseLocalSGD(Wrapped):
             seed=settings.seed,
             ledger=self._ledger,
         )
-        self._anchors = model_of(self._parameters)  # x_r
+        self._anchors = self._starts = model_of(self._parameters)  # x_r
         self._steps = 0
         self._last_sync = 0
         self._saved: dict[str, Any] | None = None  # the server's state that was loaded
-        self._is_stale = False  # whether the parameters are still to be set to the anchors
 
     @property
     def ledger(self) -> Ledger:
@@ -213,7 +212,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             self._exchange()
         self._model.finish(self._anchors)
         self._saved = None
-        self._set_parameters()
+        self._set_parameters(self._anchors)
 
     def reset_memory(self) -> None:
         """Forget what this rank has not sent so far."""
@@ -312,17 +311,6 @@ class AsyncQsparseLocalSGD(Wrapped):
             self._model.exchange(self._steps, self._anchors)
         finally:
             self._settle()
-
-    def _settle(self) -> None:
-        """Let the local steps begin at the master model, also if something came between the last time."""
-        if self._is_stale:
-            self._set_parameters()
-            self._is_stale = False
-
-    @torch.no_grad()
-    def _set_parameters(self) -> None:
-        for name, p in self._parameters.items():
-            p.copy_(self._anchors[name])
 
     def _statement(self) -> str:
         lines = [f"{type(self).__name__} with mode={self._mode!r}, max_staleness={self._max_staleness}"]

@@ -96,12 +96,11 @@ class QsparseLocalSGD(Wrapped):
             self._average.residual("")  # complains of a memory that is no residual
         # State
         self._anchors = model_of(self._parameters)  # x_sync
-        self._starts = dict(self._anchors)  # where the local steps began: the same tensors, unless looked ahead
+        self._starts = dict(self._anchors)  # the same tensors, unless looked ahead
         self.outer = None if outer is None else _outer(outer, list(self._anchors.values()))
         self._local_steps = 0  # since the last exchange
         self._steps = 0  # in all
         self._lr: float | None = None  # largest of the groups', at the last exchange
-        self._is_stale = False  # whether the parameters are still to be set to where the local steps begin
         self._is_evaluating = False
 
     @property
@@ -300,23 +299,12 @@ class QsparseLocalSGD(Wrapped):
         residual = self._average.residual(name) if self._look_ahead else None
         return None if residual is None else (self._look_ahead * residual).view_as(self._anchors[name])
 
-    @torch.no_grad()
-    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
-        for name, p in self._parameters.items():
-            p.copy_(values[name])
-
-    def _settle(self) -> None:
-        """Let the local steps begin where they are to begin, also if something came between the last time."""
-        if self._is_stale:
-            self._set_parameters(self._starts)
-            self._is_stale = False
-
     def _forget_if_due(self) -> dict[str, Any] | None:
         """Returns the average's state with the memory that was forgotten, in case that the exchange fails."""
         forgotten = None
         lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
-        has_dropped = self._lr is not None and lr <= (self._forget_at_drop or 0.0) * self._lr
-        if self._forget_at_drop is not None and has_dropped and not self._average.is_spoilt:
+        is_due = self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr
+        if is_due and not self._average.is_spoilt:  # of which the exchange is to tell
             forgotten = self._average.state_dict()
             self.reset_memory()
         self._lr = lr

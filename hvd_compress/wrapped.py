@@ -44,6 +44,9 @@ class Wrapped(torch.optim.Optimizer):
         vars(self).update({name: of for name, of in vars(optimizer).items() if name.endswith("_hooks")})
         self._parameters = _parameters_of(optimizer, check_named_parameters(named_parameters))
         self._known = _ids_of(optimizer)
+        # State
+        self._starts: Mapping[str, Tensor] = {}  # where the local steps begin
+        self._is_stale = False  # whether the parameters are still to be set to that
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -115,6 +118,17 @@ class Wrapped(torch.optim.Optimizer):
                 f"steps are to avoid: give {type(self).__name__} the plain optimizer, or let it average inside each "
                 "node only, process_set=hvd_compress.node_process_set()"
             )
+
+    def _settle(self) -> None:
+        """Let the local steps begin where they are to begin, also if something came between the last time."""
+        if self._is_stale:
+            self._set_parameters(self._starts)
+            self._is_stale = False
+
+    @torch.no_grad()
+    def _set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        for name, p in self._parameters.items():
+            p.copy_(values[name])
 
     def _local_step(self, closure: Callable[[], float] | None) -> float | None:
         strange = _ids_of(self.optimizer) - self._known

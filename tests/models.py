@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
@@ -72,3 +73,18 @@ class ByDefinition:
         for rank, x in enumerate(xs):
             total += self.sent(rank, name, x)
         return total
+
+
+@contextlib.contextmanager
+def half_set(optimizer: Any) -> Iterator[None]:
+    """A context in which the optimizer is interrupted the first time that it has set one of its parameters."""
+
+    @torch.no_grad()
+    def interrupts(values: Mapping[str, Tensor]) -> None:
+        del optimizer._set_parameters
+        name, p = next(iter(optimizer._parameters.items()))
+        p.copy_(values[name])
+        raise KeyboardInterrupt
+
+    optimizer._set_parameters = interrupts
+    yield

@@ -10,7 +10,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Vectors, assert_replicas_identical, gradient, through_a_file
+from models import Vectors, assert_replicas_identical, gradient, half_set, through_a_file
 from test_wire import mutated
 from torch import Tensor
 from world import World, launch
@@ -793,21 +793,6 @@ def interrupted_while_it_compresses() -> None:
 @pytest.mark.ranks(2)
 def test_an_interrupt_while_a_rank_compresses_loses_nothing(world: World) -> None:
     world.run(interrupted_while_it_compresses)
-
-
-@contextlib.contextmanager
-def half_set(optimizer: Any) -> Iterator[None]:
-    """A context in which the optimizer is interrupted the first time that it has set one of its parameters."""
-
-    @torch.no_grad()
-    def interrupts() -> None:
-        del optimizer._set_parameters
-        name, p = next(iter(optimizer._parameters.items()))
-        p.copy_(optimizer._anchors[name])
-        raise KeyboardInterrupt
-
-    optimizer._set_parameters = interrupts
-    yield
 
 
 def interrupted_as_parameters_are_set() -> None:

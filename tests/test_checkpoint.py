@@ -192,24 +192,21 @@ def save_numbers(directory: str) -> None:
     Checkpoints(directory).save(4, {"w": NUMBERS})
 
 
-def interrupted_while_saving(directory: str, where: str, number: int) -> None:
+def interrupted_while_saving(directory: str, where: str) -> None:
     """By Ctrl-C, after which the program goes on, and later saves again."""
     checkpoints = Checkpoints(directory)
     checkpoints.save(1, {"w": NUMBERS})
-    rank = min(number, hvd.size() - 1) if where == "_write" else 0
-    is_here = hvd.rank() == rank
+    is_here = hvd.rank() == (hvd.size() - 1 if where == "_write" else 0)
     interrupted = mock.patch.object(Checkpoints, where, side_effect=KeyboardInterrupt)
     with (
         interrupted if is_here else contextlib.nullcontext(),
         pytest.raises(KeyboardInterrupt if is_here else OSError, match="" if is_here else "KeyboardInterrupt"),
     ):
         checkpoints.save(2, {"w": NUMBERS})
-    for step, loaded in ((0, 1), (3, 3)):
-        if step:
-            checkpoints.save(step, {"w": NUMBERS})
-        saved = checkpoints.load()
-        assert saved is not None
-        assert saved.step == loaded
+    found = [checkpoints.load()]
+    checkpoints.save(3, {"w": NUMBERS})
+    found.append(checkpoints.load())
+    assert [saved and saved.step for saved in found] == [1, 3]
 
 
 def load_of_another_format(directory: str) -> str:
@@ -254,8 +251,8 @@ class TestCheckpoints:
             assert "checksum" in text
 
     def test_an_interrupt_on_one_rank(self, world: World, tmp_path: Path) -> None:
-        for number, where in enumerate(("_make_room", "_write", "_complete")):
-            world.run(interrupted_while_saving, str(tmp_path / where), where, number)
+        for where in ("_make_room", "_write", "_complete"):
+            world.run(interrupted_while_saving, str(tmp_path / where), where)
 
     @pytest.mark.parametrize("wrong", [{"format": 7}, {"size": 9}], ids=["format", "size"])
     def test_one_file_of_another_format(self, world: World, tmp_path: Path, wrong: dict[str, int]) -> None:

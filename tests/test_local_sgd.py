@@ -6,7 +6,6 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 from unittest import mock
@@ -14,7 +13,7 @@ from unittest import mock
 import horovod.torch as hvd
 import pytest
 import torch
-from models import ByDefinition, Vectors, assert_replicas_identical, gradient, through_a_file
+from models import ByDefinition, Vectors, assert_replicas_identical, gradient, half_set, through_a_file
 from torch import Tensor
 from world import World
 
@@ -30,6 +29,7 @@ from hvd_compress import (
     wire,
 )
 from hvd_compress.averages import averager
+from hvd_compress.memory import Residual
 from hvd_compress.operators import QSGD, TopK, compose
 
 SHAPES = {"a": (40,), "b": (7, 11), "c": (3, 5, 4)}
@@ -494,21 +494,6 @@ def test_no_room_behind_the_exchange_on_one_rank(world: World, where: str, path:
     world.run(fails_behind_the_exchange, where, path)
 
 
-@contextlib.contextmanager
-def half_set(optimizer: Any) -> Iterator[None]:
-    """A context in which the optimizer is interrupted the first time that it has set one of its parameters."""
-
-    @torch.no_grad()
-    def interrupts(values: Mapping[str, Tensor]) -> None:
-        del optimizer._set_parameters
-        name, p = next(iter(optimizer._parameters.items()))
-        p.copy_(values[name])
-        raise KeyboardInterrupt
-
-    optimizer._set_parameters = interrupts
-    yield
-
-
 def interrupted_as_parameters_are_set(where: str) -> None:
     """On one rank, half of them; it goes on where it was."""
     model = Vectors(SHAPES)
@@ -596,6 +581,40 @@ def forgets_and_is_interrupted() -> None:
 @pytest.mark.ranks(2)
 def test_an_interrupt_brings_back_what_was_to_be_forgotten(world: World) -> None:
     world.run(forgets_and_is_interrupted)
+
+
+def spoilt_when_it_is_to_forget(options: dict[str, Any]) -> None:
+    """What was to be forgotten does not come back, as if nothing had been; and the others need not wait."""
+    model = Vectors(SHAPES)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5, dense_below=0, **options),
+        forget_at_drop=0.5,
+    )
+    train(model, optimizer, 0, 2)
+    optimizer.param_groups[0]["lr"] = 0.05
+    if hvd.rank() == 1:
+        with (
+            mock.patch.object(Residual, "commit", side_effect=MemoryError("no room")),
+            pytest.raises(MemoryError, match="no room"),
+        ):
+            train(model, optimizer, 2, 3)
+        with pytest.raises(RuntimeError, match="on this rank alone"):
+            optimizer.state_dict()
+    else:
+        train(model, optimizer, 2, 3)
+    optimizer.param_groups[0]["lr"] = 0.005
+    with pytest.raises(RuntimeError if hvd.rank() == 1 else PeerError, match="MemoryError: no room"):
+        train(model, optimizer, 3, 4)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "options", [{}, {"exchange": "reduce_scatter"}, {"exchange": "hierarchical", "nodes": [0, 1]}]
+)
+def test_a_spoilt_rank_that_is_to_forget(world: World, options: dict[str, Any]) -> None:
+    world.run(spoilt_when_it_is_to_forget, options)
 
 
 def saves_within_an_evaluation() -> None:
