@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import costs, wire
+from .errors import RankMismatchError
 from .ledger import Ledger
 from .meeting import Member, Place, meet, statement, through_mpi
 from .memory import Memory
@@ -169,6 +171,7 @@ class AutoReducer(Member):
     def stay_away(self) -> None:
         """See :meth:`hvd_compress.meeting.Member.stay_away`."""
         super().stay_away()
+        self._pending = {}
         if self._chosen is not None:
             self._chosen.stay_away()
 
@@ -180,32 +183,43 @@ class AutoReducer(Member):
         overflow_elsewhere: bool = False,
         minuends: Mapping[str, Tensor] | None = None,
     ) -> Reduced:
-        """Choose, if that was not done; then see :meth:`hvd_compress.reducer.Reducer.reduce`."""
+        """Choose, if that was not done; then see :meth:`hvd_compress.reducer.Reducer.reduce`.
+
+        A rank that fails or is interrupted as the others choose ends the job.
+        """
         chosen = self._chosen or self._begin()
         return chosen.reduce(step, divisor=divisor, overflow_elsewhere=overflow_elsewhere, minuends=minuends)
 
     def _begin(self) -> Chosen:
         """What was chosen, with all that was added so far."""
         assert self._watch is not None, "open() comes first"
+        from .exchange import labels_of
+
+        labels = labels_of(self._nodes, self._meeting[1])
         pending, failure, self._pending, self._failure = self._pending, self._failure, {}, None
         self._watch.begin()
         try:
             with self._ledger.timed("exchange"):
-                self.choice = self._choose(pending)
+                choice = self._choose(pending, labels)
+        except BaseException as error:
+            if self.size > 1 and not isinstance(error, RankMismatchError):  # which all ranks raise
+                self._watch.end_job(f"the others choose an exchange with it, and it fails:\n{traceback.format_exc()}")
+            raise
         finally:
             self._watch.end()
-        self._chosen = self._make(self.choice)
-        self._chosen.open(*self._meeting)
+        chosen = self._make(choice)
+        chosen.open(*self._meeting)
         for name, tensor in pending.items():
-            self._chosen.add(name, tensor)
+            chosen.add(name, tensor)
         if failure is not None:
-            self._chosen.let_fail(failure)
-        return self._chosen
+            chosen.let_fail(failure)
+        self.choice, self._chosen = choice, chosen
+        return chosen
 
-    def _choose(self, pending: Mapping[str, Tensor]) -> str:
-        from .exchange import labels_of, probe, topology
+    def _choose(self, pending: Mapping[str, Tensor], labels: Sequence[int] | None) -> str:
+        from .exchange import probe, topology
 
-        found, sent = topology(self._private, labels_of(self._nodes, self._meeting[1]))
+        found, sent = topology(self._private, labels)
         messages, mine = self._try(pending)
         node, agreed = node_of(self._private, found, self._meeting[1], self._node_process_set)
         like = torch.empty(0, device=next(iter(pending.values())).device if pending else None)
@@ -311,9 +325,9 @@ class AutoReducer(Member):
             raise ValueError(f"the state was saved with exchange {state['choice']}, here {self.choice} was chosen")
         if state["choice"] is not None:
             chosen = self._chosen or self._make(state["choice"])
-            chosen.load_state_dict(state["chosen"])
             if self.is_open and not chosen.is_open:
                 raise ValueError("load the state before the first exchange, or after it")
+            chosen.load_state_dict(state["chosen"])
             self.choice, self._chosen = state["choice"], chosen
         self._ledger.load_state_dict(state["ledger"])
         self._pending, self._failure = {}, None

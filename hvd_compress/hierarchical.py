@@ -211,6 +211,13 @@ class HierarchicalReducer(Member):
         except Exception as error:  # every rank must reach the exchange, which then tells the others
             self.let_fail(error)
 
+    def stay_away(self) -> None:
+        """See :meth:`hvd_compress.meeting.Member.stay_away`."""
+        super().stay_away()
+        self._pending, self._failure = {}, self._spoilt
+        if self._inner is not None:
+            self._inner.stay_away()
+
     def reduce(
         self,
         step: int | None = None,

@@ -64,7 +64,10 @@ class Member:
         self._failure = self._failure or error
 
     def stay_away(self) -> None:
-        """This rank has been kept from the exchange that it has begun: who waits for it is to find that out."""
+        """This rank has been kept from the exchange that it has begun: who waits for it is to find that out.
+
+        What it has added is forgotten, and its memories are as they were, unless some of it has departed.
+        """
         if self._watch is not None:
             self._watch.give_up()
 

@@ -164,6 +164,13 @@ class Reducer(Sender):
         self._exchange = self._watch = self._place = self._saved_as = None
         self._awaited = [set(names) for names in self._buckets]  # as on ranks that are new
 
+    def stay_away(self) -> None:
+        """See :meth:`hvd_compress.meeting.Member.stay_away`. If a bucket has departed, the next exchange fails."""
+        if not self._departed:
+            super().stay_away()
+        elif self._watch is not None:
+            self._watch.give_up()
+
     def add(self, name: str, tensor: Tensor, into: Tensor | None = None) -> None:
         """See :meth:`Sender.add`; a second one of a name, once the first has departed, is an error on all ranks.
 

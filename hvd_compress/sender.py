@@ -175,6 +175,11 @@ class Sender(Member):
         self._ledger.load_state_dict(state["ledger"])
         self._round, self._seed, self._saved_as = state["round"], state["seed"], saved_as
 
+    def stay_away(self) -> None:
+        """See :meth:`hvd_compress.meeting.Member.stay_away`."""
+        super().stay_away()
+        self._drop()
+
     def reset_memory(self) -> None:
         """Forget what the memory holds. Do it on all ranks, between exchanges."""
         self._memory.reset()

@@ -676,6 +676,27 @@ print('the end')
     assert "the end" not in ended.stdout
 
 
+def test_ranks_that_wait_at_different_exchanges_end_the_job() -> None:
+    """One has left an exchange that the other waits in; both are in an exchange, and wait for ever."""
+    different = """
+from mpi4py import MPI
+from hvd_compress.exchange import Watch
+watch = Watch(MPI.COMM_WORLD, 1.0)
+watch.begin()
+if hvd.rank() == 1: watch.end(); watch.begin()
+import time
+def waits(): time.sleep(60)
+waits()
+print('the end')
+"""
+    ended = launch(2, LOCAL + different, timeout=50)
+    assert ended.returncode != 0
+    assert "rank 0 ends the job: it waits in exchange 1 since" in ended.stdout, ended.stdout
+    assert "and rank 1 at exchange 2\nRank 1 is here:" in ended.stdout
+    assert "in waits" in ended.stdout
+    assert "the end" not in ended.stdout
+
+
 def test_a_rank_that_ends_before_the_first_exchange() -> None:
     """Horovod ends MPI on all ranks, under those who wait for it."""
     ends = """
@@ -851,6 +872,36 @@ def test_failures_and_hangs_are_reported_by_rank(world: World) -> None:
 def test_the_text_of_a_failing_rank_is_kept(world: World) -> None:
     with pytest.raises(RankFailedError, match=r"(?s)--- rank 1\n.*told you"):
         world.run(raises_on_one_rank, timeout=60)
+
+
+def test_looking_where_the_program_is_while_threads_come_from_elsewhere() -> None:
+    """Threads that Python does not know register themselves without its lock, and the program runs on."""
+    script = (
+        "import ctypes, threading, time\n"
+        "from hvd_compress.exchange import watch\n"
+        "start = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)\n"
+        "create, join = ctypes.CDLL(None).pthread_create, ctypes.CDLL(None).pthread_join\n"
+        "create.argtypes = [ctypes.c_void_p, ctypes.c_void_p, start, ctypes.c_void_p]\n"
+        "join.argtypes = [ctypes.c_ulong, ctypes.c_void_p]\n"
+        "nothing, end = start(lambda _: None), time.monotonic() + 5\n"
+        "def come():\n"
+        "    thread = ctypes.c_ulong()\n"
+        "    while time.monotonic() < end:\n"
+        "        create(ctypes.byref(thread), None, nothing, None), join(thread, None)\n"
+        "def look():\n"
+        "    while time.monotonic() < end:\n"
+        "        stacks.add(watch._stack().splitlines()[-1].strip()), watch._frame()\n"
+        "def run_on(depth):\n"
+        "    yield from range(3) if depth == 0 else run_on(depth - 1)\n"
+        "stacks = set()\n"
+        "threads = [threading.Thread(target=f) for f in [come] * 16 + [look]]\n"
+        "for thread in threads: thread.start()\n"
+        "while time.monotonic() < end: list(run_on(20))\n"
+        "for thread in threads: thread.join()\n"
+        "print(any(line.endswith('in run_on') for line in stacks))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
 
 
 def test_looking_where_the_program_is_meets_a_garbage_collection() -> None:

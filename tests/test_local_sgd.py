@@ -415,18 +415,31 @@ def test_no_room_after_the_exchange_on_one_rank(world: World, where: str, option
     world.run(fails_after_the_exchange, where, options)
 
 
-def interrupted_in_an_operator(where: str) -> None:
+def interrupted_in_an_operator(where: str, options: dict[str, Any]) -> None:
     """By Ctrl-C on the last rank, which then saves its state, or comes after all; who asks hears that it is away."""
     model = Vectors(SHAPES)
-    optimizer = wrap(model)
+    optimizer = wrap(model, **options)
     train(model, optimizer, 0, 2)
-    before = optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"]
+
+    def memory() -> Any:
+        state = optimizer.state_dict()["qsparse_local_sgd"]["average"]
+        return copy.deepcopy(state.get("inner", state)["memory"])
+
+    before = memory()
     if hvd.rank() == hvd.size() - 1:
         place = optimizer if where == "_moved" else TopK
-        with mock.patch.object(place, where, side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        works, calls = getattr(place, where), itertools.count()
+
+        def interrupts(*arguments: Any) -> Any:
+            if next(calls):
+                raise KeyboardInterrupt
+            return works(*arguments)
+
+        side_effect = interrupts if where == "_moved" else KeyboardInterrupt
+        with mock.patch.object(place, where, side_effect=side_effect), pytest.raises(KeyboardInterrupt):
             train(model, optimizer, 2, 3)
         assert optimizer._average._reducer._watch._watcher.since is None
-        assert_same(optimizer.state_dict()["qsparse_local_sgd"]["average"]["memory"], before)
+        assert_same(memory(), before)
         optimizer.synchronize()
     else:
         train(model, optimizer, 2, 3)
@@ -435,8 +448,12 @@ def interrupted_in_an_operator(where: str) -> None:
 
 @pytest.mark.ranks(1, 2)
 def test_an_interrupt_in_an_operator_changes_no_memory(world: World) -> None:
-    world.run(interrupted_in_an_operator, "split_all")
-    world.run(interrupted_in_an_operator, "_moved")
+    alone = list(range(world.ranks))
+    kinds: list[dict[str, Any]] = [{}, {"exchange": "reduce_scatter"}, {"exchange": "hierarchical", "nodes": alone}]
+    for exchange in kinds:
+        for dense_below in (0, 50):  # some are then sent whole
+            world.run(interrupted_in_an_operator, "split_all", {**exchange, "dense_below": dense_below})
+            world.run(interrupted_in_an_operator, "_moved", {**exchange, "dense_below": dense_below})
 
 
 def fails_behind_the_exchange(where: str, path: str) -> None:

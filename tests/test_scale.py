@@ -356,20 +356,23 @@ def test_the_whole_union_is_the_flat_sum(world: World, path: str) -> None:
 
 
 AWAITED = """
-import contextlib, sys
+import builtins, contextlib, sys
+from pkgutil import resolve_name
 from unittest import mock
 import horovod.torch as hvd, torch
-from hvd_compress import Compression, QsparseLocalSGD, exchange
+from hvd_compress import Compression, QsparseLocalSGD
+kind, at, where, error = sys.argv[1:]
 hvd.init()
 model = torch.nn.Linear(50, 50)
 hvd.broadcast_parameters(model.state_dict(), root_rank=0)
-compression = Compression.topk(k=5, exchange="reduce_scatter")
+compression = Compression.topk(k=5, exchange=kind)
 sgd = torch.optim.SGD(model.parameters(), lr=0.1)
 optimizer = QsparseLocalSGD(sgd, named_parameters=model.named_parameters(), compression=compression)
 for step in range(5):
     model(torch.ones(50)).sum().backward()
-    fails = mock.patch.object(exchange.Scatter, sys.argv[1], side_effect=getattr(__builtins__, sys.argv[2]))
-    with fails if hvd.rank() == 1 and step == 2 else contextlib.nullcontext():
+    holder, name = where.rsplit(".", 1)
+    fails = mock.patch.object(resolve_name(holder), name, side_effect=getattr(builtins, error))
+    with fails if hvd.rank() == 1 and step == int(at) else contextlib.nullcontext():
         try:
             optimizer.step()
         except BaseException as caught:
@@ -378,14 +381,21 @@ for step in range(5):
 
 
 @pytest.mark.parametrize(
-    ("where", "error"),
-    [("sum", "KeyboardInterrupt"), ("alltoall", "MemoryError"), ("allgatherv", "KeyboardInterrupt")],
+    ("exchange", "step", "where", "error"),
+    [
+        ("reduce_scatter", 2, "hvd_compress.exchange:Scatter.sum", "KeyboardInterrupt"),
+        ("reduce_scatter", 2, "hvd_compress.exchange:Scatter.alltoall", "MemoryError"),
+        ("reduce_scatter", 2, "hvd_compress.exchange:Scatter.allgatherv", "KeyboardInterrupt"),
+        ("auto", 0, "hvd_compress.auto.AutoReducer._try", "KeyboardInterrupt"),
+        ("auto", 0, "hvd_compress.exchange.union", "MemoryError"),
+    ],
 )
-def test_a_rank_that_cannot_tell_the_others_ends_the_job(where: str, error: str) -> None:
+def test_a_rank_that_cannot_tell_the_others_ends_the_job(exchange: str, step: int, where: str, error: str) -> None:
     """Where they are in a collective operation of the exchange, which it would leave for the next one's."""
-    ended = launch(2, ["-c", AWAITED, where, error])
+    ended = launch(2, ["-c", AWAITED, exchange, str(step), where, error])
     assert ended.returncode != 0
-    assert "rank 1 ends the job: the others wait for it, and it fails" in ended.stdout
+    assert "rank 1 ends the job: the others " in ended.stdout
+    assert " it, and it fails" in ended.stdout
     assert f"\n{error}" in ended.stdout
     assert "goes on" not in ended.stdout
 
@@ -959,6 +969,23 @@ def auto_fails_on_one_rank() -> None:
         one.reduce()
     one.add("w", torch.ones(30))
     assert_replicas_identical(list(one.reduce().sums.values()))
+
+
+def loads_when_it_is_too_late() -> None:
+    """The ranks have met, and what was chosen has not: refused, and nothing is changed."""
+    saved = opened(Compression.topk(k=2, dense_below=0, exchange="auto"), Vectors({"w": (30,)}))
+    saved.add("w", torch.arange(30.0))
+    saved.reduce()
+    fresh = opened(Compression.topk(k=2, dense_below=0, exchange="auto"), Vectors({"w": (30,)}))
+    with pytest.raises(ValueError, match="load the state before the first exchange"):
+        fresh.load_state_dict(saved.state_dict())
+    assert fresh.state_dict()["choice"] is None
+    assert fresh._memory.state_dict() == {}
+
+
+@pytest.mark.ranks(1)
+def test_a_state_that_auto_cannot_take_changes_nothing(world: World) -> None:
+    world.run(loads_when_it_is_too_late)
 
 
 @pytest.mark.ranks(4)

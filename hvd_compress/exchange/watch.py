@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import gc
 import json
 import logging
 import os
-import re
 import sys
-import tempfile
 import threading
 import time
 import traceback
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import accumulate, chain, repeat, starmap, takewhile
+from operator import attrgetter, is_not, methodcaller
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -95,6 +97,7 @@ class _Watcher:
         self._is_unused = False  # by the program, from now on
         self._stopped = threading.Event()
         self._asked: float | None = None
+        self._elsewhere: dict[int, tuple[int, int]] = {}  # when it asked last: who was not where this rank was
         self._told: dict[int, dict[str, Any]] = {}
         self._gone: dict[int, dict[str, Any]] = {}
         self._heard: dict[int, float] = {}  # when, at the end of the program
@@ -152,8 +155,8 @@ class _Watcher:
         self._heard.update((rank, now) for rank in self._told)
         alive = [rank for rank in left if now - self._heard[rank] <= 6 * _ANSWER_SECONDS]
         if all(rank in self._told and self._told[rank]["stuck"] > _STUCK_SECONDS for rank in alive):
-            stacks = (f"Rank {rank} is here:\n{self._told[rank]['stack']}" for rank in alive)
-            self.end_job("\n".join([f"its program has ended, and rank(s) {_list(alive)} wait for others", *stacks]))
+            why = f"its program has ended, and rank(s) {_list(alive)} wait for others"
+            self.end_job("\n".join([why, *self._stories(alive)]))
         waiting = [rank for rank, told in self._told.items() if told["waits"] and told["done"] >= self.done]
         if waiting:
             ranks = _list(waiting)
@@ -199,7 +202,7 @@ class _Watcher:
     def _look(self, now: float) -> None:
         since, done = self.since, self.done
         if since is None:
-            self._asked = None
+            self._asked, self._elsewhere = None, {}
             return
         ended = [rank for rank, told in self._gone.items() if told["done"] <= done]
         if ended and now - max(since, *(self._gone[rank]["at"] for rank in ended)) > _ANSWER_SECONDS:
@@ -215,16 +218,23 @@ class _Watcher:
         if len(self._told) < len(self._others) and now - self._asked < _ANSWER_SECONDS:
             return
         # Who has ended comes no more, whatever it has done: an exchange may have failed there before it took part.
-        absent = {
-            rank: told
+        absent = [
+            rank
             for rank, told in self._told.items()
             if rank in self._gone or (told["done"] <= done and not told["waits"])
-        }
+        ]
         silent = [rank for rank in self._others if rank not in self._told]
-        if (self.since, self.done) == (since, done) and (absent or silent):
+        is_stuck = (self.since, self.done) == (since, done)
+        if is_stuck and (absent or silent):
             self.end_job(self._verdict(now - since, absent, silent))
+        # One that has just gone on, or is about to, is at another number; not twice.
+        elsewhere = {rank: (done, told["done"]) for rank, told in self._told.items() if told["done"] != done}
+        if is_stuck and any(self._elsewhere.get(rank) == places for rank, places in elsewhere.items()):
+            others = ", ".join(f"rank {rank} at {self._what} {its + 1}" for rank, (_, its) in elsewhere.items())
+            why = f"it waits in {self._what} {done + 1} since {now - since:.0f} s, and {others}"
+            self.end_job("\n".join([why, *self._stories([*elsewhere])]))
         logger.warning("all ranks have come to %s %d, and wait since %.0f s", self._what, done + 1, now - since)
-        self._asked, self._quiet_until = None, now + self._timeout
+        self._asked, self._elsewhere, self._quiet_until = None, elsewhere, now + self._timeout
 
     def _look_at_program(self, now: float) -> None:
         """A program that stays where it may wait for others waits for one that has ended, most likely."""
@@ -238,19 +248,21 @@ class _Watcher:
         stuck = 0.0 if self._call is None else time.monotonic() - self._called
         return {"done": self.done, "waits": self.since is not None, "stuck": stuck, "stack": stack}
 
-    def _verdict(self, waited: float, absent: dict[int, dict[str, Any]], silent: list[int]) -> str:
-        missing = sorted([*absent, *silent])
+    def _verdict(self, waited: float, absent: list[int], silent: list[int]) -> str:
         lines = [
-            f"rank(s) {_list(missing)} did not come to {self._what} {self.done + 1} within {waited:.0f} s "
+            f"rank(s) {_list([*absent, *silent])} did not come to {self._what} {self.done + 1} within {waited:.0f} s "
             f"(timeout={self._timeout:g}; a larger one helps if they are only slow)"
         ]
-        lines += [f"Rank {rank} is here:\n{told['stack']}" for rank, told in sorted(absent.items())]
+        lines += self._stories(absent)
         if silent:
             lines += [
                 f"Rank(s) {_list(silent)} do not answer: their node is lost, or they are stopped, or hang outside of "
                 "Python."
             ]
         return "\n".join(lines)
+
+    def _stories(self, ranks: list[int]) -> list[str]:
+        return [f"Rank {rank} is here:\n{self._told[rank]['stack']}" for rank in sorted(ranks)]
 
     def end_job(self, why: str) -> NoReturn:
         self._say(why)
@@ -299,29 +311,42 @@ def _end_of_program() -> None:
 
 
 def _frame() -> FrameType | None:
-    """The innermost one of the program; not this thread's."""
-    # Python holds a lock meanwhile: a garbage collection's callbacks, or a thread that they let run, may wait for it.
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return sys._current_frames().get(threading.main_thread().ident or 0)
-    finally:
-        if was_enabled:
-            gc.enable()
+    """The innermost one of the program."""
+    with _uncollected():
+        return next(_frames(), None)
 
 
 def _stack() -> str:
     """Where the program is."""
-    # Python 3.11 was seen to crash while the frames of a program that ran on were walked. This reads all at once.
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file)
-        file.seek(0)
-        text = file.read().decode(errors="replace")
-    head = "hread 0x"  # of each thread; the one that asks is "Current thread"
-    ours = text.partition(f"{head}{threading.main_thread().ident:016x}")[2].partition(head)[0]
-    calls = re.findall(r'^  File "(.*)", line (\d+) in (.*)$', ours, re.MULTILINE)  # the innermost first
-    summary = [traceback.FrameSummary(file, int(line), name) for file, line, name in reversed(calls)]
+    where = attrgetter("f_code", "f_lineno")
+    # In one call that runs no Python, so that the program stands still: Python 3.11 may crash where it runs on.
+    # (faulthandler reads all at once too, and crashes where a thread of C++ is just coming to Python.)
+    with _uncollected():
+        calls = [*map(where, _frames())]
+    summary = [traceback.FrameSummary(code.co_filename, line, code.co_name) for code, line in reversed(calls)]
     return "".join(traceback.format_list(summary)).rstrip() or "(at its end)"
+
+
+def _frames() -> Iterator[FrameType]:
+    """The program's, the innermost first; not this thread's."""
+    innermost = map(methodcaller("get", threading.main_thread().ident), starmap(sys._current_frames, [()]))
+    outwards: Iterator[Any] = accumulate(chain(innermost, repeat("f_back")), getattr)
+    return takewhile(partial(is_not, None), outwards)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A context without garbage collections: their callbacks, or a thread that they let run, may wait for this one.
+
+    For a lock that Python holds while it lists frames.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _list(ranks: list[int]) -> str:
