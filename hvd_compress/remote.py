@@ -104,7 +104,7 @@ class RemoteModel(Sender):
         self._service = Service(private, self._master)
         atexit.register(self._end_of_program)
 
-    def _may_wait(self, name: str, flat: Tensor) -> bool:
+    def _may_wait(self, flat: Tensor) -> bool:
         """No: what interrupts the compression must come before the exchange has begun."""
         return False
 

@@ -17,7 +17,7 @@ from .ledger import Ledger
 from .meeting import Member, Place, agree, meet, statement
 from .memory import Memory
 from .operators import Operator, working_dtype
-from .operators.base import apart
+from .operators.base import Draws, apart
 from .schedules import Constant, Plan
 from .wire import Message, numels_of
 
@@ -106,7 +106,7 @@ class Sender(Member):
                 if name in self._pending:
                     self._rollback({name: self._pending.pop(name)})
                 flat, own = laid_out(tensor, into)
-                if own is flat and self._may_wait(name, flat):
+                if own is flat and self._may_wait(flat):
                     self._waiting[name] = flat
                 else:
                     self._pending[name], self._messages[name] = self._compress(name, flat, own)
@@ -232,16 +232,13 @@ class Sender(Member):
         energies, self._energies = list(self._energies.values()), {}
         return _total(energies)
 
-    def _may_wait(self, name: str, flat: Tensor) -> bool:
+    def _may_wait(self, flat: Tensor) -> bool:
         """Whether a tensor is best compressed together with others: on a CPU each loop takes the caches from Python.
 
         On a GPU the work is begun at once, as the backward pass goes on.
         """
         is_plain = flat.is_cpu and self._memory.only_adds and self._schedule.energy_of == "nothing"
-        if not is_plain or flat.numel() < self._dense_below:
-            return False
-        operator = self._schedule.operator(name)
-        return not operator.draws and not operator.shared_draws
+        return is_plain and flat.numel() >= self._dense_below
 
     def _compress_together(self, names: Sequence[str]) -> Sequence[Message]:
         """Messages of waiting tensors; of none, if there is an error, which is for the exchange to tell."""
@@ -253,7 +250,8 @@ class Sender(Member):
                 first, *others = (self._schedule.operator(name) for name in names)
                 xs, memories = zip(*map(self._memory.compensate, names, flats), strict=True)
                 if all(operator is first for operator in others) and all(m is not None for m in memories):
-                    messages = first.split_all(flats, memories, xs)
+                    draws = [self._draws(first, name, x.device) for name, x in zip(names, xs, strict=True)]
+                    messages = first.split_all(flats, memories, xs, draws)
                     _check_sizes(first, messages, xs)
                 else:
                     messages = [*map(self._message, names, flats, xs, memories)]
@@ -302,14 +300,18 @@ class Sender(Member):
         if self._schedule.energy_of == "compressed":
             self._energies[name] = x.square().sum()
         operator = self._schedule.operator(name)
-        draws: dict[str, torch.Generator | None] = {}
-        if operator.draws:
-            draws["generator"] = self._generator(name, self.rank, x.device)
-        if operator.shared_draws:
-            draws["shared"] = self._generator(name, ALIKE, x.device)
+        draws = self._draws(operator, name, x.device)
         message = apart(operator.encode(x, **draws), x) if other is None else operator.split(flat, other, x, **draws)
         _check_sizes(operator, [message], [x])
         return message
+
+    def _draws(self, operator: Operator, name: str, device: torch.device) -> Draws:
+        draws = {}
+        if operator.draws:
+            draws["generator"] = self._generator(name, self.rank, device)
+        if operator.shared_draws:
+            draws["shared"] = self._generator(name, ALIKE, device)
+        return draws
 
     def _commit(self, pending: Mapping[str, Pending]) -> dict[str, Tensor]:
         """Returns vectors that are free for the sums."""

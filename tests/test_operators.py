@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.models import resnet50
 
-from hvd_compress.operators import TopK
+from hvd_compress.kernels import native
+from hvd_compress.operators import QSGD, Operator, RandK, Sign, TopK, compose
 from hvd_compress.operators.topk import top_k, top_k_by_sorting
-from hvd_compress.wire import Message
+from hvd_compress.wire import Fused, Message, encode
 
 AWKWARD = [0.0, -0.0, 1.0, -1.0, 2.0, math.nan, math.inf, -math.inf, 1e-45, 65504.0]
 
@@ -113,20 +115,56 @@ class Squared(TopK):
         return Message.sparse((x.numel(),), torch.tensor([0]), torch.tensor([7.0], dtype=x.dtype))
 
 
-@pytest.mark.parametrize("operator", [TopK(k=3), TopK(ratio=0.01), Squared(k=3)])
+@dataclass(frozen=True)
+class Halved(QSGD):
+    """Changes what a single vector becomes, and says nothing of several."""
+
+    def encode(self, x: Tensor, *, generator: torch.Generator | None = None) -> Message:
+        return super().encode(x / 2, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        TopK(k=3),
+        TopK(ratio=0.01),
+        Squared(k=3),
+        compose(TopK(k=3), QSGD(bits=4)),
+        compose(TopK(ratio=0.3), QSGD(levels=1)),  # sends most of them to zero
+        compose(TopK(ratio=0.3), QSGD(levels=200), scaled=True),
+        compose(TopK(k=3), QSGD(bits=4, bucket=2)),
+        compose(TopK(k=3), QSGD(bits=4, norm="l2")),
+        compose(TopK(k=3), Halved(bits=4)),
+        compose(TopK(k=3), Sign(m=1)),
+        compose(RandK(k=3, shared=True), QSGD(bits=4)),
+        compose(Squared(k=3), QSGD(bits=4)),
+        QSGD(bits=4),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("sizes", [[4], [50, 4, 700], [50, 3, 20], []])  # three of three elements are all
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float64], [torch.float32, torch.float64]])
-def test_several_vectors_become_what_each_alone_does(operator: TopK, sizes: list[int], dtypes: list) -> None:
+def test_several_vectors_become_what_each_alone_does(operator: Operator, sizes: list[int], dtypes: list) -> None:
     generator = torch.Generator().manual_seed(3)
     kinds = (dtypes * len(sizes))[: len(sizes)]
     like = [torch.empty(n, dtype=dtype) for n, dtype in zip(sizes, kinds, strict=True)]
     xs, others = ([x.clone().normal_(generator=generator) for x in like] for _ in range(2))
     alone, together = ([torch.empty_like(x) for x in xs] for _ in range(2))
-    expected = list(map(operator.split, xs, others, alone))
-    messages = operator.split_all(xs, others, together)
+    kinds_of_draws = ["generator"] * operator.draws + ["shared"] * operator.shared_draws
+
+    def draws(place: int) -> dict[str, torch.Generator]:
+        return {kind: torch.Generator().manual_seed(2 * place + len(kind)) for kind in kinds_of_draws}
+
+    several = zip(xs, others, alone, strict=True)
+    expected = [operator.split(x, y, out, **draws(place)) for place, (x, y, out) in enumerate(several)]
+    messages = operator.split_all(xs, others, together, [*map(draws, range(len(sizes)))])
     assert [m.shape for m in messages] == [m.shape for m in expected]
     assert all(torch.equal(m.decode(), e.decode()) for m, e in zip(messages, expected, strict=True))
     assert all(map(torch.equal, together, alone))
+    assert encode(messages).data.tobytes() == encode(expected).data.tobytes()
+    if operator in (TopK(k=3), compose(TopK(k=3), QSGD(bits=4))):
+        is_one_loop = len({*kinds}) == 1 and min(sizes) > 3 and native.is_here()
+        assert isinstance(messages, Fused) is is_one_loop
 
 
 @pytest.mark.parametrize(

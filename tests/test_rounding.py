@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from hvd_compress.kernels import (
     hadamard,
     look_up,
     look_up_runs,
+    native,
     random_signs,
     random_subset,
     round_by_chance,
+    round_runs_to_largest,
     round_to_largest,
 )
 from hvd_compress.kernels.draws import draw_seed, uniform, uniform_by_torch, uniform_of, words
@@ -183,6 +186,37 @@ def test_round_to_largest(numel: int, dtype: torch.dtype, s: int, awkward: float
     assert equal(largest, norm)
     assert levels.dtype == expected.dtype
     assert torch.equal(levels, expected)
+
+
+@given(
+    st.lists(st.sampled_from(SIZES), min_size=1, max_size=5),
+    st.sampled_from(FLOATS),
+    st.sampled_from([1, 7, 127, 128]),
+    st.sampled_from([0.0, 0.01, 1.0]),
+    st.integers(0, 2**32),
+)
+def test_round_runs_to_largest(counts: list[int], dtype: torch.dtype, s: int, awkward: float, seed: int) -> None:
+    flat = some(sum(counts), dtype, awkward, seed)
+    seeds = [seed + run for run in range(len(counts))]
+    ours = round_runs_to_largest(flat, counts, s, [torch.Generator().manual_seed(one) for one in seeds])
+    runs = zip(flat.split(counts), seeds, strict=True)
+    each = [round_to_largest(run, s, torch.Generator().manual_seed(one)) for run, one in runs]
+    for all_of_them, some_of_them in zip(ours, map(torch.cat, zip(*each, strict=True)), strict=True):
+        assert all_of_them.dtype == some_of_them.dtype
+        assert equal(all_of_them, some_of_them)
+    with mock.patch.object(native, "serves", return_value=False):
+        theirs = round_runs_to_largest(flat, counts, s, [torch.Generator().manual_seed(one) for one in seeds])
+    assert all(map(equal, ours, theirs))
+
+
+def test_wrong_runs() -> None:
+    flat = torch.ones(5)
+    with pytest.raises(ValueError, match="counts are not as many"):
+        native.round_runs_to_largest(flat, [2, 2], 7, [0, 1])
+    with pytest.raises(ValueError, match="counts are impossible"):
+        native.round_runs_to_largest(flat, [6, -1], 7, [0, 1])
+    with pytest.raises(ValueError, match="a seed for each run"):
+        native.round_runs_to_largest(flat, [2, 3], 7, [0])
 
 
 @pytest.mark.parametrize(

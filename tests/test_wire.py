@@ -37,6 +37,7 @@ from hvd_compress.wire import (
     Fused,
     Message,
     Symmetric,
+    SymmetricRuns,
     add_up,
     decode,
     device_of,
@@ -138,13 +139,15 @@ def test_messages_that_are_alike_are_summed_as_one(
 def test_fused_messages_are_sent_as_single_ones(ranks: list[list[Message]]) -> None:
     """Those with zeros among their values too."""
     for messages in ranks:
-        if not isinstance(messages[0].values, Floats):
-            continue
         indices = torch.cat([i for m in messages if (i := m.indices) is not None])
-        values = torch.cat([m.values.floats for m in messages])
         counts = [len(m.values) for m in messages]
-        for some in (values, values.round()):
-            fused = Fused([m.shape for m in messages], counts, indices.to(torch.int32), Floats(some))
+        floats = torch.cat([m.values.floats for m in messages])
+        several: list[Floats | SymmetricRuns] = [Floats(floats), Floats(floats.round())]
+        if isinstance(messages[0].values, Symmetric):
+            levels = torch.cat([m.values.levels for m in messages if isinstance(m.values, Symmetric)])
+            several = [SymmetricRuns(levels, floats, counts, messages[0].values.s)]
+        for some in several:
+            fused = Fused([m.shape for m in messages], counts, indices.to(torch.int32), some)
             ids = [2 * place for place in range(len(messages))]
             together, single = encode(fused, ids=ids), encode(list(fused), ids=ids)
             assert together.data.tobytes() == single.data.tobytes()

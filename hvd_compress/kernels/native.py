@@ -143,6 +143,12 @@ def round_to_largest(flat: Tensor, s: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(levels), torch.from_numpy(scale)
 
 
+def round_runs_to_largest(flat: Tensor, counts: Sequence[int], s: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """:func:`.rounding.round_runs_to_largest` with the draws of a seed for each run."""
+    levels, scales = _native.round_runs_to_largest(flat.numpy(), counts, s, seeds, torch.get_num_threads())
+    return torch.from_numpy(levels), torch.from_numpy(scales)
+
+
 def choose_by_chance(flat: Tensor, table: Tensor, seed: int) -> Tensor:
     """:func:`.rounding.choose_by_chance` with the draws of a seed."""
     return torch.from_numpy(_native.choose_by_chance(flat.numpy(), table.numpy(), seed, torch.get_num_threads()))

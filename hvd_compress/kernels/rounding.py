@@ -84,6 +84,27 @@ def round_to_largest_by_torch(flat: Tensor, s: int, draws: Tensor) -> tuple[Tens
     return round_by_chance_by_torch(flat, 0.0, largest / s, 0, -s, s, draws), largest
 
 
+def round_runs_to_largest(
+    flat: Tensor, counts: Sequence[int], s: int, generators: Sequence[torch.Generator | None]
+) -> tuple[Tensor, Tensor]:
+    """:func:`round_to_largest` of several runs of elements, one after the other, with a generator for each.
+
+    Args:
+        flat, s: see there.
+        counts: elements of each run.
+        generators: draws of each run.
+
+    Returns:
+        Levels of all runs, and the largest magnitude of each, ``[len(counts)]``.
+    """
+    own = [g or own_generator(flat.device) for g in generators]
+    if all(g.device.type == "cpu" for g in own) and native.serves(flat):
+        return native.round_runs_to_largest(flat, counts, s, [*map(draw_seed, own)])
+    runs = zip(flat.split([*counts]), own, strict=True)
+    levels, largest = zip(*(round_to_largest(run, s, generator) for run, generator in runs), strict=True)
+    return torch.cat(levels), torch.cat(largest)
+
+
 def choose_by_chance(flat: Tensor, table: Tensor, generator: torch.Generator | None) -> Tensor:
     """The place in ``table`` of one of the two entries around each element, chosen without bias.
 

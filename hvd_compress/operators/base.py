@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..wire import Message
+from ..wire import Message, SymmetricRuns
+
+Draws: TypeAlias = Mapping[str, torch.Generator | None]
+"""What :meth:`Operator.encode` takes besides a tensor."""
 
 
 class Operator(ABC):
@@ -63,9 +66,12 @@ class Operator(ABC):
         message.add_to(out, alpha=-1)
         return message
 
-    def split_all(self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor]) -> Sequence[Message]:
-        """:meth:`split` of several vectors, for an operator that draws nothing. Some do it in one call."""
-        return list(map(self.split, xs, others, outs))
+    def split_all(
+        self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor], draws: Sequence[Draws]
+    ) -> Sequence[Message]:
+        """:meth:`split` of several vectors. Some operators do it in one call."""
+        vectors = zip(xs, others, outs, draws, strict=True)
+        return [self.split(x, other, out, **its) for x, other, out, its in vectors]
 
     def __call__(self, x: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """C(x) as a receiver sees it: the shape and device of ``x``, float32 (float64 for float64)."""
@@ -84,6 +90,20 @@ class Operator(ABC):
 
 class Quantizer(Operator):
     """An operator that sends every element, in few bits, and so can follow a sparsifier in a composition."""
+
+    def encode_runs(
+        self, flat: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator | None]
+    ) -> SymmetricRuns | None:
+        """The values of :meth:`encode` of several vectors, one after the other in ``flat``; None if not in one call.
+
+        A subclass of one that does this, and that changes :meth:`encode`, must change this too.
+
+        Args:
+            flat: float32 or float64 ``[n]``, contiguous.
+            counts: elements of each vector, n in all.
+            generators: of each one's draws.
+        """
+        return None
 
     def variance_bound(self, numel: int) -> float:
         """The β in ``E‖C(x) − x‖² ≤ β‖x‖²`` of an unbiased quantizer, for every x of ``numel`` elements.

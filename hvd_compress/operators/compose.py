@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..wire import Floats, Message
+from ..kernels import Sparse, subtract_at
+from ..wire import Floats, Fused, Message
 from .amount import Amount
-from .base import Operator, Quantizer
+from .base import Draws, Operator, Quantizer
 from .quantizers import QSGD, Sign
 
 
@@ -93,21 +95,37 @@ class Composed(Operator):
         self, x: Tensor, *, generator: torch.Generator | None = None, shared: torch.Generator | None = None
     ) -> Message:
         """See :meth:`Operator.encode`. What is shared chooses elements; each rank rounds by draws of its own."""
-        return self._quantize(self.sparsifier.encode(x, **self._draws(generator, shared)), generator)
+        also = {"shared": shared} if self.shared_draws else {}
+        return self._quantize(self.sparsifier.encode(x, generator=generator, **also), generator)
 
     def split(self, x: Tensor, other: Tensor, out: Tensor, **draws: torch.Generator | None) -> Message:
         """See :meth:`Operator.split`: what the sparsifier leaves, and the quantizer of the kept elements."""
-        generator = draws.get("generator")
-        kept = self.sparsifier.split(x, other, out, **self._draws(generator, draws.get("shared")))
-        message = self._quantize(kept, generator)
+        kept = self.sparsifier.split(x, other, out, **draws)
+        return self._split_kept(kept, out, draws)
+
+    def split_all(
+        self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor], draws: Sequence[Draws]
+    ) -> Sequence[Message]:
+        """See :meth:`Operator.split_all`: one call each, if both can."""
+        kept = self.sparsifier.split_all(xs, others, outs, draws)
+        if isinstance(kept, Fused) and isinstance(kept.values, Floats):
+            for k in kept.counts:
+                self.check(k)
+            floats, generators = kept.values.numbers, [its.get("generator") for its in draws]
+            values = self.quantizer.encode_runs(floats, kept.counts, generators)
+            if values is not None:
+                if self.scaled:
+                    values = values.times([1 / (1 + self.quantizer.variance_bound(k)) for k in kept.counts])
+                subtract_at(outs, [Sparse(kept.indices, values.decode() - floats, kept.counts)])
+                return Fused(kept.shapes, kept.counts, kept.indices, values)
+        return [*map(self._split_kept, kept, outs, draws)]
+
+    def _split_kept(self, kept: Message, out: Tensor, draws: Draws) -> Message:
+        """The message of what the sparsifier keeps, once ``out`` is what it leaves."""
+        message = self._quantize(kept, draws.get("generator"))
         left = kept.values.decode() - message.values.decode()
         Message(kept.shape, kept.indices, Floats(left)).add_to(out)
         return message
-
-    def _draws(
-        self, generator: torch.Generator | None, shared: torch.Generator | None
-    ) -> dict[str, torch.Generator | None]:
-        return {"generator": generator, **({"shared": shared} if self.shared_draws else {})}
 
     def _quantize(self, kept: Message, generator: torch.Generator | None) -> Message:
         k = len(kept.values)

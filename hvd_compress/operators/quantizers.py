@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -18,9 +19,10 @@ from ..kernels import (
     next_power_of_two,
     random_signs,
     round_by_chance,
+    round_runs_to_largest,
     round_to_largest,
 )
-from ..wire import Message, Range, Symmetric
+from ..wire import Message, Range, Symmetric, SymmetricRuns
 from ..wire import Rotated as RotatedValues
 from .base import Quantizer, check_steps, flatten
 
@@ -85,6 +87,15 @@ class QSGD(Quantizer):
             scale = rows.abs().amax(1) if self.norm == "max" else _norm(rows, 2, dim=1)
             levels = round_by_chance(flat, 0.0, scale / as_divisor(s, scale), self.bucket, -s, s, generator)
         return Message(tuple(x.shape), None, Symmetric(levels, scale, s, self.bucket))
+
+    def encode_runs(
+        self, flat: Tensor, counts: Sequence[int], generators: Sequence[torch.Generator | None]
+    ) -> SymmetricRuns | None:
+        """See :meth:`Quantizer.encode_runs`: with the largest magnitude as norm of each vector."""
+        if self.norm != "max" or self.bucket or type(self).encode is not QSGD.encode:
+            return None
+        levels, scales = round_runs_to_largest(flat, counts, self.s, generators)
+        return SymmetricRuns(levels, scales, counts, self.s)
 
 
 @dataclass(frozen=True)

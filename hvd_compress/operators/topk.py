@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels import native
 from ..wire import Floats, Fused, Message
 from .amount import Amount
-from .base import Operator, flatten
+from .base import Draws, Operator, flatten
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,15 @@ class TopK(Amount, Operator):
         indices, values = native.split_top_k([x], [other], [out], [k])
         return Message(tuple(x.shape), indices, Floats(values))
 
-    def split_all(self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor]) -> Sequence[Message]:
+    def split_all(
+        self, xs: Sequence[Tensor], others: Sequence[Tensor], outs: Sequence[Tensor], draws: Sequence[Draws]
+    ) -> Sequence[Message]:
         """See :meth:`Operator.split_all`: one call for all, whose messages lie one after the other."""
         sizes = [x.numel() for x in xs]
         ks = [self.count(size) for size in sizes]
         is_one_loop = type(self).split is TopK.split and len({x.dtype for x in xs}) == 1 and all(map(lt, ks, sizes))
         if not is_one_loop or not native.serves(*xs, *others, *outs):
-            return super().split_all(xs, others, outs)
+            return super().split_all(xs, others, outs, draws)
         indices, values = native.split_top_k(xs, others, outs, ks)
         return Fused([(size,) for size in sizes], ks, indices, Floats(values))
 

@@ -3,7 +3,7 @@
 from .message import Block, Fused, Message, Subset, add_up, device_of, numels_of, subtract
 from .packet import HEADER_BYTES, VERSION, Encoded, Packet, decode, encode, encode_failure
 from .table import Table
-from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, Values
+from .values import Codebook, Floats, Levels, Range, Rotated, Symmetric, SymmetricRuns, Values
 
 __all__ = [
     "HEADER_BYTES",
@@ -20,6 +20,7 @@ __all__ = [
     "Rotated",
     "Subset",
     "Symmetric",
+    "SymmetricRuns",
     "Table",
     "Values",
     "add_up",

@@ -119,15 +119,15 @@ def encode(
     device = device_of(messages)
     table, indices, quantized, floats = _columns(ids, messages, device)
     unary, fixed, unary_bits = encode_indices(indices, table.index_rows)
-    alike = groupby(quantized, key=lambda q: (q.bits, q.levels.dtype))
-    levels = [pack_levels([q.levels for q in some], bits) for (bits, _), some in alike]
+    alike = groupby(quantized, key=lambda its: (its[0], its[1].dtype))
+    levels = [pack_levels([run for _, run in some], bits) for (bits, _), some in alike]
     front = torch.frombuffer(bytearray(HEADER_BYTES) + table.data, dtype=torch.uint8)
     sections = [front.to(device), unary.to(device), fixed.to(device), *levels, *(f.view(torch.uint8) for f in floats)]
     data = _on_host(torch.cat(sections)).numpy()
     _seal(data, _MESSAGES, len(table.rows), round, energy, _OVERFLOW if overflow else 0)
     packet = None
     if table.is_uniform:
-        fused = table.fused(indices, torch.cat([q.levels for q in quantized]) if quantized else None, *floats)
+        fused = table.fused(indices, torch.cat([run for _, run in quantized]) if quantized else None, *floats)
         packet = Packet(round, table.ids, fused, energy, overflow, None, table, floats)
     return Encoded(data, table.shares(unary_bits), table, packet)
 
@@ -198,19 +198,38 @@ def _checksum(data: Bytes) -> int:
 
 def _columns(
     ids: Sequence[int], messages: Sequence[Message], device: torch.device
-) -> tuple[Table, Tensor, list[Levels], list[Tensor]]:
-    """The table, and what is written behind it: indices, levels, and for each of DTYPES that there is the floats."""
-    if isinstance(messages, Fused) and isinstance(messages.values, Floats) and none_is([messages.values.floats], 0):
-        table = table_of_fused(tuple(ids), tuple(messages.shapes), tuple(messages.counts), messages.kind[0])
-        return table, messages.indices, [], [messages.values.floats]
+) -> tuple[Table, Tensor, list[tuple[int, Tensor]], list[Tensor]]:
+    """The table, and what is written behind it: indices, levels, and for each of DTYPES that there is the floats.
+
+    Levels are a pair for each message that has some: of how many bits they are, and they themselves.
+    """
+    if isinstance(messages, Fused) and (fused := _fused_without_zeros(messages)) is not None:
+        values, counts = fused.values, [*fused.counts]
+        runs = [] if isinstance(values, Floats) else [(values.bits, run) for run in values.levels.split(counts)]
+        s = 0 if isinstance(values, Floats) else values.s
+        table = table_of_fused(tuple(ids), tuple(fused.shapes), tuple(counts), fused.kind[0], s)
+        return table, fused.indices, runs, [values.floats]
     kept = _without_zeros([m.to(device) for m in messages])
     table = table_of(tuple(map(row_of, ids, kept)))
     coded = [i for place in table.coded if (i := kept[place].indices) is not None]
     indices = torch.cat(coded) if coded else torch.empty(0, dtype=torch.int64, device=device)
     indices = indices if indices.dtype == torch.int32 else indices.to(torch.int64)
-    quantized = [q for m in kept if isinstance(q := unrotated(m.values), Levels)]
+    quantized = [(q.bits, q.levels) for m in kept if isinstance(q := unrotated(m.values), Levels)]
     floats = [torch.cat([kept[place].values.floats for place in places]) for places in table.floats if places]
     return table, indices, quantized, floats
+
+
+def _fused_without_zeros(messages: Fused) -> Fused | None:
+    """The same less the entries that say nothing; None if there are some, and not all is finite."""
+    numbers, zero = messages.values.zero
+    if none_is([numbers], zero):
+        return messages
+    if not all_finite([messages.values.floats]):
+        return None
+    places = numbers.ne(zero).nonzero().reshape(-1)
+    ends = torch.tensor([0, *accumulate(messages.counts)], device=places.device)
+    counts = torch.searchsorted(places, ends).diff().tolist()
+    return Fused(messages.shapes, counts, messages.indices[places], messages.values.select_runs(places, counts))
 
 
 def _without_zeros(messages: Sequence[Message]) -> list[Message]:

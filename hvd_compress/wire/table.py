@@ -248,13 +248,13 @@ def table_of(rows: tuple[Row, ...]) -> Table:
 
 @lru_cache(maxsize=_KEPT)
 def table_of_fused(
-    ids: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...], dtype: torch.dtype
+    ids: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], counts: tuple[int, ...], dtype: torch.dtype, s: int
 ) -> Table:
-    """The table of sparse messages of floats, each of which has fewer than all elements."""
+    """The table of sparse messages, each of which has fewer than all elements: s steps to a side, or floats if 0."""
     codes = [_index_code(math.prod(shape), count) for shape, count in zip(shapes, counts, strict=True)]
-    number = DTYPES.index(dtype)
+    number, kind = DTYPES.index(dtype), SYMMETRIC if s else FLOATS
     rows = [
-        Row(id, shape, support, parameter, 0, count, FLOATS, number, 0, 0, None)
+        Row(id, shape, support, parameter, 0, count, kind, number, s, 0, None)
         for id, shape, (support, parameter), count in zip(ids, shapes, codes, counts, strict=True)
     ]
     return table_of(tuple(rows))

@@ -101,6 +101,10 @@ class Floats(Values):
         """See :class:`Values`."""
         return Floats(self.numbers[start:stop])
 
+    def select_runs(self, places: Tensor, counts: Sequence[int]) -> Floats:
+        """Those at ``places``, which are of several vectors; ``counts`` of each."""
+        return self.select(places)
+
     def split(self, counts: Sequence[int]) -> list[Floats]:
         """Parts of so many values, one after the other."""
         return [Floats(numbers) for numbers in self.numbers.split([*counts])]
@@ -225,6 +229,26 @@ class SymmetricRuns:
     def floats(self) -> Tensor:
         """See :class:`Values`."""
         return self.scales
+
+    @property
+    def bits(self) -> int:
+        """See :class:`Levels`."""
+        return (2 * self.s).bit_length()
+
+    @property
+    def zero(self) -> tuple[Tensor, int]:
+        """See :class:`Values`."""
+        return self.levels, self.s
+
+    def select_runs(self, places: Tensor, counts: Sequence[int]) -> SymmetricRuns:
+        """Those at ``places``, ascending; ``counts`` of each vector."""
+        return replace(self, levels=self.levels[places], counts=counts)
+
+    def times(self, factors: Sequence[float]) -> SymmetricRuns:
+        """The same vectors, each multiplied by a factor of its own."""
+        return replace(
+            self, scales=self.scales * torch.tensor(factors, dtype=self.scales.dtype).to(self.scales.device)
+        )
 
     def decode(self) -> Tensor:
         """See :class:`Values`: the same bits as the vectors' one by one."""

@@ -85,6 +85,10 @@ template <class Float, class Level>
 void round_by_chance(const Float* x, Index n, Float offset, const Float* steps, Index bucket, std::int32_t least,
                      std::int32_t most, std::uint64_t seed, int threads, Level* levels);
 
+// The same with s steps to each side of zero, the last of which is the largest magnitude, which it returns.
+template <class Float, class Level>
+Float round_to_largest(const Float* x, Index n, std::int32_t s, std::uint64_t seed, int threads, Level* levels);
+
 // levels[i] is the place of one of the two table entries around x[i], chosen by draw i. The table ascends and has two
 // entries or more, all finite or all NaN.
 template <class Float, class Level>

@@ -242,6 +242,16 @@ py::array levels_by(Index n, Index highest, const Work& work) {
     return highest < 256 ? fill(Array<std::uint8_t>(n)) : fill(Array<Index>(n));
 }
 
+// How many elements consecutive runs have together.
+Index sum_of(const std::vector<Index>& counts) {
+    Index sum = 0;
+    for (const Index count : counts) {
+        require(0 <= count && count <= (Index{1} << 56) - sum, "the counts are impossible");
+        sum += count;
+    }
+    return sum;
+}
+
 template <class Float>
 py::array round_by_chance_of(const Array<Float>& flat, Float offset, const Array<Float>& steps, Index bucket,
                              std::int32_t least, std::int32_t most, std::uint64_t seed, int threads) {
@@ -266,12 +276,29 @@ py::tuple round_to_largest_of(const Array<Float>& flat, std::int32_t s, std::uin
     const Index n = flat.size();
     Array<Float> scale(1);
     Float* const norm = scale.mutable_data();
-    py::array rounded = levels_by(n, 2 * s, [&](auto* levels) {
-        *norm = largest(x, n);
-        const Float step = *norm / static_cast<Float>(s);
-        round_by_chance(x, n, Float{0}, &step, std::max<Index>(n, 1), -s, s, seed, threads, levels);
-    });
+    py::array rounded =
+        levels_by(n, 2 * s, [&](auto* levels) { *norm = round_to_largest(x, n, s, seed, threads, levels); });
     return py::make_tuple(std::move(rounded), std::move(scale));
+}
+
+// The same of several runs of counts[r] elements each, one after the other, with a seed for each.
+template <class Float>
+py::tuple round_runs_to_largest_of(const Array<Float>& flat, const std::vector<Index>& counts, std::int32_t s,
+                                   const std::vector<std::uint64_t>& seeds, int threads) {
+    require_vector(flat, "flat");
+    require(1 <= s && s < 32768, "levels must have up to 16 bits");
+    require(sum_of(counts) == flat.size(), "the counts are not as many as the elements");
+    require(counts.size() == seeds.size(), "there must be a seed for each run");
+    const Float* x = flat.data();
+    Array<Float> scales(static_cast<Index>(counts.size()));
+    Float* const norms = scales.mutable_data();
+    py::array rounded = levels_by(flat.size(), 2 * s, [&](auto* levels) {
+        Index at = 0;
+        for (std::size_t r = 0; r < counts.size(); at += counts[r++]) {
+            norms[r] = round_to_largest(x + at, counts[r], s, seeds[r], threads, levels + at);
+        }
+    });
+    return py::make_tuple(std::move(rounded), std::move(scales));
 }
 
 template <class Float>
@@ -299,16 +326,6 @@ Array<Float> look_up_of(const Array<Float>& table, const Array<Level>& levels, i
         look_up(t, entries, l, n, threads, to);
     }
     return values;
-}
-
-// How many elements consecutive runs have together.
-Index sum_of(const std::vector<Index>& counts) {
-    Index sum = 0;
-    for (const Index count : counts) {
-        require(0 <= count && count <= (Index{1} << 56) - sum, "the counts are impossible");
-        sum += count;
-    }
-    return sum;
 }
 
 template <class Float, class Level>
@@ -464,6 +481,8 @@ void bind_floats(py::module_& module) {
     module.def("round_by_chance", &round_by_chance_of<Float>, "flat"_a.noconvert(), "offset"_a, "steps"_a.noconvert(),
                "bucket"_a, "least"_a, "most"_a, "seed"_a, "threads"_a);
     module.def("round_to_largest", &round_to_largest_of<Float>, "flat"_a.noconvert(), "s"_a, "seed"_a, "threads"_a);
+    module.def("round_runs_to_largest", &round_runs_to_largest_of<Float>, "flat"_a.noconvert(), "counts"_a, "s"_a,
+               "seeds"_a, "threads"_a);
     module.def("choose_by_chance", &choose_by_chance_of<Float>, "flat"_a.noconvert(), "table"_a.noconvert(), "seed"_a,
                "threads"_a);
     module.def("look_up", &look_up_of<Float, std::uint8_t>, "table"_a.noconvert(), "levels"_a.noconvert(),

@@ -111,6 +111,13 @@ void round_by_chance(const Float* x, Index n, Float offset, const Float* steps, 
 }
 
 template <class Float, class Level>
+Float round_to_largest(const Float* x, Index n, std::int32_t s, std::uint64_t seed, int threads, Level* levels) {
+    const Float norm = largest(x, n), step = norm / static_cast<Float>(s);
+    round_by_chance(x, n, Float{0}, &step, std::max<Index>(n, 1), -s, s, seed, threads, levels);
+    return norm;
+}
+
+template <class Float, class Level>
 void choose_by_chance(const Float* x, Index n, const Float* table, Index entries, std::uint64_t seed, int threads,
                       Level* levels) {
     in_chunks(n, threads, [&](Index chunk, Index begin, Index end) {
@@ -150,6 +157,7 @@ void look_up_runs(const Float* table, Index entries, const Level* levels, const 
 #define HVD_INSTANTIATE(Float, Level)                                                                               \
     template void round_by_chance(const Float*, Index, Float, const Float*, Index, std::int32_t, std::int32_t,       \
                                   std::uint64_t, int, Level*);                                                      \
+    template Float round_to_largest(const Float*, Index, std::int32_t, std::uint64_t, int, Level*);                  \
     template void choose_by_chance(const Float*, Index, const Float*, Index, std::uint64_t, int, Level*);            \
     template void look_up(const Float*, Index, const Level*, Index, int, Float*);                                     \
     template void look_up_runs(const Float*, Index, const Level*, const std::vector<Index>&, const Float*, Float*);
