@@ -119,18 +119,29 @@ def make_steps(
     method: Method, model: nn.Module, args: argparse.Namespace, scaler: torch.amp.GradScaler, steps_per_epoch: int
 ) -> Steps:
     """The chosen method's."""
-    # Linear scaling: the authors' 0.128 · (256 · ranks) / 1024 at a batch size of 256.
-    sgd = torch.optim.SGD(
-        parameter_groups(model, args.weight_decay, args.decay_norm),
-        args.lr * args.batch_size * hvd.size() / 256,
-        momentum=args.momentum,
-        nesterov=args.nesterov,
-        fused=True,
-    )
+    sgd = make_sgd(method, model, args)
     compression = on_all_ranks(lambda: make_compression(method, model, args, scaler, steps_per_epoch))
     if method.optimizer == "local-sgd":
         return LocalSteps(sgd, method, scaler, compression, model)
     return GradientSteps(sgd, scaler, compression, model, args.accumulate)
+
+
+def make_sgd(method: Method, model: nn.Module, args: argparse.Namespace) -> torch.optim.SGD:
+    """Without momentum, if the compressor has it."""
+    has_momentum = not _takes_momentum(method.compression)
+    return torch.optim.SGD(
+        parameter_groups(model, args.weight_decay, args.decay_norm),
+        # Linear scaling: the authors' 0.128 · (256 · ranks) / 1024 at a batch size of 256.
+        args.lr * args.batch_size * hvd.size() / 256,
+        momentum=args.momentum if has_momentum else 0.0,
+        nesterov=args.nesterov and has_momentum,
+        fused=True,
+    )
+
+
+def _takes_momentum(compression: str) -> bool:
+    """Whether the optimizer's momentum is the compressor's affair, as it is DGC's. (EF21's is an average.)"""
+    return compression in COMPRESSORS and "nesterov" in inspect.signature(COMPRESSORS[compression]).parameters
 
 
 def make_compression(
@@ -149,6 +160,8 @@ def make_compression(
         "bits": args.bits,
         "exchanges": max(1, steps_per_epoch // method.sync_every),
     }
+    if _takes_momentum(method.compression):
+        options |= {"momentum": args.momentum, "nesterov": args.nesterov}
     parameters = inspect.signature(COMPRESSORS[method.compression]).parameters
     chosen = {name: value for name, value in options.items() if name in parameters and value is not None}
     missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]

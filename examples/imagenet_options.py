@@ -226,7 +226,7 @@ def make_parser(description: str | None) -> tuple[Parser, dict[str, Any]]:
     option("--schedule", "step", "of the learning rate, after the warm-up", choices=["step", "linear", "cosine"])
     option("--warmup-epochs", 5.0, "the learning rate grows linearly", type=float)
     option("--drop-at", [30, 60, 80], "epochs at which it drops to a tenth (step)", type=float, nargs="*")
-    option("--momentum", 0.9, "", type=float)
+    option("--momentum", 0.9, "of the optimizer; with --compression dgc, of the compressor", type=float)
     option("--nesterov", True, "Nesterov's momentum")
     option("--weight-decay", 1e-4, "", type=float)
     option("--decay-norm", True, "weight decay on batch norm too")

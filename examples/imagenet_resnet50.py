@@ -183,7 +183,9 @@ def train(
                     run.plot((epoch - 1) * steps + step, "step", values)
                 # The validation counts as a step, it may bring an exchange.
                 resumable.after_step(
-                    (epoch - 1) * (steps + 1) + step, partial(reached_so_far, epoch, step, total_loss)
+                    (epoch - 1) * (steps + 1) + step,
+                    (epoch - 1) * steps + step,
+                    partial(reached_so_far, epoch, step, total_loss),
                 )
         if taking.agree():
             agreed(epoch * steps)
@@ -220,7 +222,9 @@ def train(
         on_all_ranks(partial(run.write_epoch, records, ledger, content, is_best=is_best))
         run.plot(epoch * steps, "epoch", records[-1])
         say(describe(reached, args))
-        resumable.save(epoch * (steps + 1), reached_so_far(epoch + 1, 0, 0.0))
+        # At the end there is nothing to be interrupted.
+        keep = resumable.after_epoch if epoch < args.epochs else resumable.save
+        keep(epoch * (steps + 1), reached_so_far(epoch + 1, 0, 0.0))
     run.close_board()
     return curve
 

@@ -31,19 +31,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 from webdataset import ShardWriter
 from webdataset.tariterators import base_plus_ext
 
 INDEX = "index.npz"
-IMAGES = {"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"}
+IMAGES = {ending[1:] for ending in IMG_EXTENSIONS}
 WINDOW = 4096  # images that are shuffled among each other, beside the order of shards
 OPEN_FILES = 8
 
 
 def has_shards(directory: Path) -> bool:
-    """Whether there are tar files in it."""
-    return any(directory.glob("*.tar"))
+    """Whether there are tar files in it, and no folders: ImageNet's own archives may lie beside what was in them."""
+    return any(directory.glob("*.tar")) and not any(entry.is_dir() for entry in directory.iterdir())
 
 
 class Shards:
@@ -58,7 +59,8 @@ class Shards:
         self._directory = directory
         if not (directory / INDEX).is_file():
             raise FileNotFoundError(
-                f"{directory} has shards and no {INDEX}: make it with imagenet_shards.py index {directory}"
+                f"{directory} has shards and no {INDEX}: make it with imagenet_shards.py index {directory}. If these "
+                "are ImageNet's own archives, unpack each into a folder of its name"
             )
         with np.load(directory / INDEX) as index:
             self.classes: list[str] = index["classes"].tolist()
@@ -195,7 +197,8 @@ def _entries(file: Path) -> Iterator[tuple[int, int, int, int]]:
                 if ending == "cls":
                     sample["label"] = int(text)
                 else:
-                    sample["number"] = json.loads(text).get("index", -1)
+                    origin = json.loads(text)
+                    sample["number"] = origin.get("index", -1) if isinstance(origin, dict) else -1
     for key, sample in samples.items():
         if not {"offset", "label"} <= sample.keys():
             raise ValueError(f"{file}: {key} lacks its image or its .cls")

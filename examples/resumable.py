@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import horovod.torch as hvd
 from ranks import device, fail, on_all_ranks, say
@@ -32,9 +33,9 @@ class Resumable:
         parts: all that changes in training and differs from a fresh start, but for the random generators.
         settings: which a resumed run must share with the one that was saved; plain values.
         save_every: steps from one checkpoint to the next, in case that a node fails.
-        ask_every: steps after which the ranks agree on whether to go on. With local steps, take their period: to
-            agree makes the ranks wait for each other.
-        afresh: whether to delete the checkpoints that are there.
+        ask_every: optimizer steps after which the ranks agree on whether to go on. With local steps, take their
+            period: to agree makes the ranks wait for each other.
+        afresh: whether to delete the checkpoints that are there; not those of this job, if it was requeued.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Resumable:
         self._settings = dict(settings)
         self._save_every = save_every
         self._ask_every = ask_every
-        if afresh and directory is not None:
+        if afresh and directory is not None and not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             on_all_ranks(lambda: _delete(directory) if hvd.rank() == 0 else None)
         self._checkpoints = None if directory is None else Checkpoints(directory)
         self._interruption = None if directory is None else Interruption()
@@ -86,20 +87,26 @@ class Resumable:
         say(f"Going on from {self._checkpoints.directory}, checkpoint {saved.step}.")
         return saved.state["progress"]
 
-    def after_step(self, number: int, progress: Callable[[], Mapping[str, Any]]) -> None:
+    def after_step(self, number: int, steps: int, progress: Callable[[], Mapping[str, Any]]) -> None:
         """Save if it is time to; if the job is to be interrupted, save and end the program. All ranks call it.
 
         Args:
-            number: of steps that were taken, in all.
+            number: the checkpoint's, higher than the last one's.
+            steps: of the optimizer, in all.
             progress: tells what the loop needs to go on from here.
         """
-        if self._interruption is not None and number % self._ask_every == 0 and self._interruption.agreed():
+        is_time = number % self._save_every == 0
+        is_last = steps % self._ask_every == 0 and self._is_interrupted()
+        if is_time or is_last:
             self.save(number, progress())
-            say(f"Interrupted. Saved as checkpoint {number}; the same command goes on from here.")
-            hvd.barrier()
-            sys.exit(EXIT_REQUEUE)
-        if number % self._save_every == 0:
-            self.save(number, progress())
+        if is_last:
+            _leave(number)
+
+    def after_epoch(self, number: int, progress: Mapping[str, Any]) -> None:
+        """Save; if the job is to be interrupted, end the program. All ranks call it."""
+        self.save(number, progress)
+        if self._is_interrupted():
+            _leave(number)
 
     def save(self, number: int, progress: Mapping[str, Any]) -> None:
         """As checkpoint ``number``."""
@@ -108,6 +115,15 @@ class Resumable:
         state = {name: part.state_dict() for name, part in self._parts.items()}
         own = {"settings": self._settings, "random": random_state(), "progress": dict(progress)}
         self._checkpoints.save(number, {**state, **own})
+
+    def _is_interrupted(self) -> bool:
+        return self._interruption is not None and self._interruption.agreed()
+
+
+def _leave(number: int) -> NoReturn:
+    say(f"Interrupted. Saved as checkpoint {number}; the same command goes on from here.")
+    hvd.barrier()
+    sys.exit(EXIT_REQUEUE)
 
 
 def _delete(directory: Path) -> None:

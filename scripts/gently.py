@@ -5,7 +5,8 @@
 
 Open MPI's mpirun kills its ranks within a second of either signal, which is too little to save a model. It passes
 SIGUSR2 on, so that is what the command gets here from the first signal; the second one ends it as always. Programs
-that do not know SIGUSR2 end at the first one.
+that do not know SIGUSR2 end at the first one. SIGUSR1 and SIGUSR2 themselves are passed on, and what is ignored, as
+SIGHUP is behind ``nohup``, still is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def run(command: list[str]) -> int:
     # Out of the terminal's foreground group, to which Ctrl-C goes.
     process = subprocess.Popen(command, preexec_fn=os.setpgrp, stdin=subprocess.DEVNULL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, pass_on)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda passed_on, frame: process.send_signal(passed_on))
     status = process.wait()
     return status if status >= 0 else 128 - status
 

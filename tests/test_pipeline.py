@@ -159,6 +159,24 @@ class TestRecipes:
                 assert f"--compression {name} needs" in str(error)  # noqa: PT017
         assert {*COMPRESSORS} - made == {"accordion", "threshold"}
 
+    @pytest.mark.parametrize(
+        ("compression", "of_sgd", "of_compressor"), [("topk", 0.8, None), ("ef21", 0.8, 0.0), ("dgc", 0.0, 0.8)]
+    )
+    def test_momentum_comes_once(
+        self, compression: str, of_sgd: float, of_compressor: float | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module, options = example("imagenet_optimizer"), example("imagenet_options")
+        monkeypatch.setattr(hvd, "size", lambda: 2)
+        args = settings("--compression", compression, "--ratio", 0.1, "--momentum", 0.8)
+        method, model = options.chosen_method(args), nn.Linear(50, 50)
+        group = module.make_sgd(method, model, args).param_groups[0]
+        assert (group["momentum"], group["nesterov"]) == (of_sgd, of_sgd > 0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        made = module.make_compression(method, model, args, scaler, 10)
+        memory = made.settings.memory()
+        assert getattr(memory, "_momentum", None) == of_compressor
+        assert getattr(memory, "_nesterov", False) is (compression == "dgc")
+
 
 class TestImages:
     def test_twenty_classes_of_embedded_images(self, numbers: Path) -> None:
@@ -321,6 +339,21 @@ class TestShards:
         assert again.read(0) == (image, label)
         assert source.name(0).startswith(f"{shards / 'val'}/images-")
         assert source.name(0).endswith("/00000000.png")
+
+    def test_imagenet_s_own_archives_beside_what_was_in_them(self, numbers: Path, tmp_path: Path) -> None:
+        data = example("imagenet_data")
+        shutil.copytree(numbers, tmp_path / "raw")
+        (tmp_path / "raw" / "train" / "n01440764.tar").touch()
+        assert len(data.open_images(tmp_path / "raw").training) == len(data.open_images(numbers).training)
+
+    @pytest.mark.parametrize("origin", ["[1, 2]", "3", "{}"])
+    def test_shards_from_elsewhere(self, tmp_path: Path, origin: str) -> None:
+        """Whatever their .json says; and images of every kind that a folder may have."""
+        module = example("imagenet_shards")
+        with webdataset.TarWriter(str(tmp_path / "some.tar")) as writer:
+            for number, ending in enumerate(("jpg", "pgm", "webp")):
+                writer.write({"__key__": f"{number}", ending: b"image", "cls": number, "json": origin.encode()})
+        assert module.make_index(tmp_path) == 3
 
     def test_damage(self, shards: Path, tmp_path: Path) -> None:
         module, data = example("imagenet_shards"), example("imagenet_data")
@@ -607,8 +640,42 @@ def kill_tree(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
+def is_asked(directory: Path, steps: int, epochs: int) -> dict[str, Any]:
+    """Where a loop with exchanges after 4 steps stops if it is asked to at its begin, and what a new start finds."""
+    module = example("resumable")
+    options: dict[str, Any] = {"save_every": 1000, "ask_every": 4}
+
+    def loop(resumable: Any) -> int:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        for epoch in range(1, epochs + 1):
+            for step in range(1, steps + 1):
+                resumable.after_step((epoch - 1) * (steps + 1) + step, (epoch - 1) * steps + step, dict)
+            resumable.after_epoch(epoch * (steps + 1), {})
+        raise AssertionError("it was not asked")
+
+    with pytest.raises(SystemExit) as ended:
+        loop(module.Resumable(directory, {}, {}, **options))
+    found = {"status": ended.value.code, "saved": [path.name for path in directory.glob("step-*")]}
+    for restarts in (1, 0):
+        os.environ["SLURM_RESTART_COUNT"] = str(restarts)
+        module.Resumable(directory, {}, {}, **options, afresh=True)
+        found[f"left after {restarts} restarts"] = len([*directory.glob("step-*")])
+    return found
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(("steps", "saved"), [(9, 4), (3, 4), (1, 2), (4, 4)])
+def test_an_interruption_is_heard_at_an_exchange_or_after_an_epoch(
+    world: World, tmp_path: Path, steps: int, saved: int
+) -> None:
+    """However many steps an epoch has; and a requeued job keeps the checkpoint that it has saved."""
+    expected = {"status": 75, "saved": [f"step-{saved:010}"], "left after 1 restarts": 1, "left after 0 restarts": 0}
+    assert world.run(is_asked, tmp_path / "checkpoint", steps, 10) == [expected] * 2
+
+
 class TestGently:
-    def test_ctrl_c_lets_the_ranks_save(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2])  # as a launcher's clock sends
+    def test_ctrl_c_lets_the_ranks_save(self, number: int, tmp_path: Path) -> None:
         """mpirun would kill them within a second."""
         program = tmp_path / "program.py"
         program.write_text(
@@ -629,6 +696,21 @@ class TestGently:
         while len(list(tmp_path.glob("started-*"))) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        job.send_signal(signal.SIGINT)
+        job.send_signal(number)
         assert job.wait(timeout=60) == 75
         assert len(list(tmp_path.glob("saved-*"))) == 2
+
+    def test_what_is_ignored_stays_ignored(self) -> None:
+        """Behind nohup, a terminal that closes ends nothing."""
+        job = subprocess.Popen(
+            [sys.executable, str(EXAMPLES.parent / "scripts" / "gently.py"), "sh", "-c", "echo here; sleep 2"],
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert job.stdout is not None
+        assert job.stdout.readline() == "here\n"
+        job.send_signal(signal.SIGHUP)
+        assert job.communicate(timeout=60)[0] == ""
+        assert job.returncode == 0

@@ -201,6 +201,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             assert min(picture.size) > 300
 
 
+def test_runs_that_have_nothing_yet_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``runs/*`` has such as well: one before its first epoch, and what is no run."""
+    write(tmp_path / "run", COMPRESSED)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "metrics.jsonl").touch()
+    (tmp_path / "slurm").mkdir()
+    paths = [str(tmp_path / name) for name in ("new", "run", "slurm")]
+    main(["report", *paths, "--output", str(tmp_path / "report")])
+    said = capsys.readouterr()
+    assert "new/metrics.jsonl has no epochs yet" in said.err
+    assert f"left out: {tmp_path / 'slurm'} is no run" in said.err
+    assert "topk" in said.out
+    with pytest.raises(SystemExit):
+        main(["report", paths[0], "--output", str(tmp_path / "report")])
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .page import cells, headings, verdict, write_page
-from .runs import RunError, default_target, find, label, read, summarise
+from .runs import NotYetError, Run, RunError, default_target, find, label, read, summarise
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -25,7 +27,7 @@ def add_report(commands: Commands) -> None:
             "Compare training runs: accuracy and loss against bytes, time and epochs; bits to a target accuracy;\n"
             "savings against a baseline. Reads each run's metrics.jsonl, also while it is being written: one JSON\n"
             "object for each epoch, with run, epoch, accuracy (0 to 1, null if it was not measured) and\n"
-            "megabytes_sent at least."
+            "megabytes_sent at least. Directories without any are left out, and named."
         ),
         epilog=(
             "examples:\n"
@@ -57,7 +59,7 @@ PLAIN = "plain Horovod, fp32"
 
 def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     try:
-        runs = label([run for path in options.runs for run in read(path)])
+        runs = label(_read_all(options.runs))
         target = default_target(runs.values()) if options.target is None else options.target
         wanted = options.baseline or next((name for name, run in runs.items() if run.name == PLAIN), None)
         baseline = None if wanted is None else find(wanted, runs)
@@ -77,6 +79,22 @@ def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     console.print(table)
     console.print(verdict(summaries, target, baseline), highlight=False)
     console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+
+
+def _read_all(paths: Sequence[Path]) -> list[Run]:
+    """The runs that have something to show, if there is one."""
+    runs: list[Run] = []
+    problems: list[NotYetError] = []
+    for path in paths:
+        try:
+            runs += read(path)
+        except NotYetError as error:
+            problems.append(error)
+    if not runs:
+        raise problems[0]
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    return runs
 
 
 def _accuracy(text: str) -> float:

@@ -25,6 +25,10 @@ class RunError(ValueError):
     """A directory that is no run, or a name that is none's."""
 
 
+class NotYetError(RunError):
+    """A run that has nothing to show yet, or a directory beside some that is none."""
+
+
 @dataclass(frozen=True)
 class Run:
     """The epochs of one training, and its settings if they are known."""
@@ -86,7 +90,8 @@ def read(path: Path) -> list[Run]:
     A last line that is cut off, by a job that writes it just now, is left out.
 
     Raises:
-        RunError: there are none, or one has no accuracy yet, or a line has something else where a number must be.
+        NotYetError: a directory has none, or no epochs of one, or no accuracy.
+        RunError: there is nothing there, or a line has something else where a number must be.
     """
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     config = metrics.with_name("config.yaml")
@@ -102,14 +107,15 @@ def read(path: Path) -> list[Run]:
                 raise RunError(f"{metrics}, line {number}: {problem}")
             groups.setdefault(str(record["run"]), []).append(record)
     except OSError as error:
-        raise RunError(f"{path} is no run: {error.strerror} ({metrics})") from None
+        kind = NotYetError if path.is_dir() and not metrics.exists() else RunError
+        raise kind(f"{path} is no run: {error.strerror} ({metrics})") from None
     except (ValueError, AttributeError) as error:
         raise error if isinstance(error, RunError) else RunError(f"{metrics} is no metrics file: {error}") from None
     if not groups:
-        raise RunError(f"{metrics} has no epochs yet")
+        raise NotYetError(f"{metrics} has no epochs yet")
     for name, group in groups.items():
         if not any(_is_there(record["accuracy"]) for record in group):
-            raise RunError(f"{metrics}: {name} has no accuracy yet")
+            raise NotYetError(f"{metrics}: {name} has no accuracy yet")
     return [Run.of(group, str(metrics.parent), settings) for group in groups.values()]
 
 
