@@ -140,13 +140,13 @@ def merge(*sources: tuple[str, Mapping[str, Any]]) -> Profile:
                 )
             if isinstance(value, list):
                 value = tuple(value)
-            if isinstance(value, dict):
-                value = {**merged.get(name, {}), **value}
+            if isinstance(value, dict) and isinstance(merged.get(name), dict):
+                value = {**merged[name], **value}
             merged[name] = value
     try:
         return Profile(**merged)
     except ProfileError as error:
-        raise ProfileError(f"{' + '.join(source for source, _ in sources)}: {error}") from None
+        raise ProfileError(f"{' + '.join(dict.fromkeys(source for source, _ in sources))}: {error}") from None
 
 
 def did_you_mean(name: str, known: list[str]) -> str:

@@ -206,17 +206,20 @@ def profile_of(args: argparse.Namespace) -> Profile:
     sources: list[tuple[str, dict[str, Any]]] = []
     if args.profile is not None:
         sources.append((f"profile {args.profile}", profiles.load(args.profile)))
-    line: dict[str, Any] = {}
-    for setting in args.set:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise ProfileError(f"--set needs NAME=VALUE, got {setting!r}")
-        try:
-            line[name.replace("-", "_")] = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as error:
-            raise ProfileError(f"--set {setting} is not YAML: {error}") from None
-    line |= {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
-    return profiles.merge(*sources, ("command line", line))
+    options = {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
+    sources += [("command line", settings) for settings in (*map(parse_setting, args.set), options)]
+    return profiles.merge(*sources)
+
+
+def parse_setting(text: str) -> dict[str, Any]:
+    """What one --set says."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ProfileError(f"--set needs NAME=VALUE, got {text!r}")
+    try:
+        return {name.replace("-", "_"): yaml.safe_load(value) if value else None}
+    except yaml.YAMLError as error:
+        raise ProfileError(f"--set {text} is not YAML: {error}") from None
 
 
 def refuse(argument: str, args: argparse.Namespace) -> NoReturn:

@@ -39,6 +39,10 @@ class TestProfiles:
         assert profile.modules == ("gcc",)
         assert profile.ranks == 32
 
+    def test_a_heading_with_nothing_below(self) -> None:
+        profile = merge(("file", {"environment": None}), ("command line", {"environment": {"A": "1"}}))
+        assert profile.environment == {"A": "1"}
+
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
@@ -155,6 +159,13 @@ class TestCommandLine:
         assert "#SBATCH --nodes=2" in ended.stdout
         assert "#SBATCH --partition=gpu" in ended.stdout
         assert not list(tmp_path.iterdir())
+
+    def test_each_set_adds_to_those_before(self) -> None:
+        settings = ["--set=sbatch={qos: long, mem: 0}", "--set=sbatch={qos: short}", "--set=environment={A: 1}"]
+        ended = submit(*settings, "--set=environment={B: 2}", "--dry-run", "--", SCRIPT)
+        assert ended.returncode == 0, ended.stderr
+        for line in ("#SBATCH --qos=short", "#SBATCH --mem=0", "export A=1", "export B=2"):
+            assert f"\n{line}\n" in ended.stdout
 
     @pytest.mark.parametrize("command", ["submit", "sweep"])
     def test_dry_run_prints_what_is_submitted(self, tmp_path: Path, command: str) -> None:
