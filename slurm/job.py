@@ -81,9 +81,8 @@ def _requeue(by_submitit: Any) -> None:
     """Ask for a requeue in the first task; the others wait for the end that it brings them."""
     environment = submitit.JobEnvironment()
     if environment.global_rank == 0:
-        state = _state(environment.raw_job_id) if environment.cluster == "slurm" else "RUNNING"
-        if state != "RUNNING":  # scancel sends the same signal, and a requeue would bring the job back
-            fail(f"the ranks have saved their state; the job is not requeued, since it is {state}")
+        if environment.cluster == "slurm" and (why := _why_not(environment.raw_job_id)):
+            fail(f"the ranks have saved their state; the job is not requeued, since {why}")
         by_submitit(signal.SIGUSR2, None)
     time.sleep(REQUEUE_SECONDS)
     fail("the ranks have saved their state, but the job was not requeued")
@@ -95,10 +94,17 @@ def fail(message: str) -> NoReturn:
     sys.exit(f"error: task {environment.global_rank} on {environment.hostname}: {message}")
 
 
-def _state(job_id: str) -> str:
+def _why_not(job_id: str) -> str | None:
+    """What speaks against a requeue, if anything: Slurm's own record knows it, whoever has set it."""
     try:
         shown = subprocess.run(["scontrol", "show", "job", job_id], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return "unknown (there is no scontrol here; if this is a container, it needs one)"
-    found = re.search(r"JobState=(\w+)", shown.stdout)
-    return found[1] if found else f"unknown ({shown.stderr.strip()})"
+        return "its state is unknown (there is no scontrol here; if this is a container, it needs one)"
+    state = re.search(r"JobState=(\w+)", shown.stdout)
+    if not state:
+        return f"its state is unknown ({shown.stderr.strip()})"
+    if state[1] != "RUNNING":  # scancel sends the same signal, and a requeue would bring the job back
+        return f"it is {state[1]}"
+    if "Requeue=0" in shown.stdout.split():
+        return "that is off (sbatch: {requeue: false}); the same command goes on from there"
+    return None

@@ -82,6 +82,7 @@ def slurm_executor(profile: Profile, folder: Path, name: str, *, parallel: int =
     gpus: int | str = profile.gpus_per_node
     if profile.gpu_type is not None:
         gpus = f"{profile.gpu_type}:{gpus}"
+    sbatch = _sbatch(profile)
     executor = _Executor(folder, max_num_timeout=profile.max_requeues, python=shlex.quote(python))
     parameters = {
         "job_name": name,
@@ -94,11 +95,11 @@ def slurm_executor(profile: Profile, folder: Path, name: str, *, parallel: int =
         "gpus_per_node": gpus or None,
         "signal_delay_s": profile.signal_seconds,
         "setup": _setup(profile),
-        "teardown": TEARDOWN.splitlines(),
+        "teardown": None if "no-requeue" in sbatch else TEARDOWN.splitlines(),
         "srun_args": _srun_arguments(profile),
         "use_srun": profile.launcher == "srun",
         "array_parallelism": parallel,
-        "additional_parameters": {"requeue": True, **_mpirun_signal(profile), **_sbatch(profile)},
+        "additional_parameters": sbatch,
     }
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     return executor
@@ -136,10 +137,13 @@ def _srun_arguments(profile: Profile) -> list[str]:
 
 
 def _sbatch(profile: Profile) -> dict[str, Any]:
-    """A switch that a profile sets and the command line takes back is false, which sbatch does not know."""
-    return {name: value for name, value in profile.sbatch.items() if value is not False and value is not None}
-
-
-def _mpirun_signal(profile: Profile) -> dict[str, str]:
-    """submitit's signal would end mpirun's helpers on the other nodes; one that does nothing replaces it."""
-    return {"signal": f"B:CONT@{profile.signal_seconds}"} if profile.launcher == "mpirun" else {}
+    """The launcher's options, then the profile's, by sbatch's own names."""
+    options: dict[str, Any] = {"requeue": True}
+    if profile.launcher == "mpirun":
+        # submitit's signal would end mpirun's helpers on the other nodes; one that does nothing replaces it.
+        options["signal"] = f"B:CONT@{profile.signal_seconds}"
+    options |= {name.replace("_", "-"): value for name, value in profile.sbatch.items()}
+    # Without either of both, most clusters requeue.
+    options["no-requeue"] = options["requeue"] is False
+    # A switch that a profile sets and the command line takes back is false, which sbatch does not know.
+    return {name: value for name, value in options.items() if value is not False and value is not None}

@@ -90,10 +90,14 @@ class Profile:
                 f"{self.gpus_per_node}"
             )
         own = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "partition", "account"}
+        instead = {"no-requeue": "requeue: false", "job-name": "--name on the command line"}
         for name in self.sbatch:
-            if name.replace("_", "-") in own:
+            option = name.replace("_", "-")
+            if option in own:
                 raise ProfileError(f"sbatch: {name} has a setting of its own, outside of sbatch")
-            if name in ("output", "error", "array"):
+            if option in instead:
+                raise ProfileError(f"sbatch: {name} cannot be set; what you mean is {instead[option]}")
+            if option in ("output", "error", "array"):
                 raise ProfileError(f"sbatch: {name} cannot be set, since logs are found and sweeps are made with it")
 
 

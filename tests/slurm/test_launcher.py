@@ -28,6 +28,12 @@ def submit(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+def program(path: Path, text: str) -> None:
+    """One that stands in for Slurm's."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
 class TestProfiles:
     def test_command_line_beats_profile_beats_default(self) -> None:
         profile = merge(
@@ -58,6 +64,8 @@ class TestProfiles:
             ({"modules": "gcc"}, "modules must be a list of texts"),
             ({"time": "2"}, "signal_seconds=120 must be less than time=2"),
             ({"sbatch": {"ntasks_per_node": 3}}, "ntasks_per_node has a setting of its own"),
+            ({"sbatch": {"no-requeue": True}}, "no-requeue cannot be set; what you mean is requeue: false"),
+            ({"sbatch": {"job_name": "x"}}, "job_name cannot be set; what you mean is --name"),
             ({"sbatch": {"output": "x"}}, "sbatch: output cannot be set"),
             ({"gpu_type": "a100"}, "gpu_type=a100 needs gpus_per_node"),
             ({"gpu_binding": "task", "gpus_per_node": 4, "launcher": "mpirun"}, "gpu_binding=task is srun's"),
@@ -139,6 +147,36 @@ class TestSbatchFile:
         assert "exclusive" not in text
         assert "qos" not in text
 
+    @pytest.mark.parametrize("launcher", ["srun", "mpirun"])
+    def test_requeueing_can_be_turned_off(self, launcher: str) -> None:
+        profile = merge(("file", {"launcher": launcher, "sbatch": {"requeue": False, "mem_per_cpu": "2G"}}))
+        text = slurm_executor(profile, Path("/shared"), "x").sbatch_file()
+        assert "#SBATCH --no-requeue\n" in text
+        assert "--requeue" not in text
+        assert "requeue the job" not in text  # nor does a job wait for that when it has lost a node
+        assert "#SBATCH --mem-per-cpu=2G\n" in text
+
+    @pytest.mark.parametrize(
+        ("record", "expected"),
+        [
+            ("JobState=RUNNING Requeue=1", "requeue 7\n"),
+            ("JobState=RUNNING Requeue=0", "not requeued, since that is off (sbatch: {requeue: false})"),
+            ("JobState=CANCELLED Requeue=1", "not requeued, since it is CANCELLED"),
+        ],
+    )
+    def test_saved_state_is_requeued_if_slurm_would(self, tmp_path: Path, record: str, expected: str) -> None:
+        program(tmp_path / "scontrol", f"echo JobId=7 {record}")
+        task = "import job\njob.REQUEUE_SECONDS = 0\njob._requeue(lambda *_: print('requeue 7'))\n"
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": "7"}
+        ended = subprocess.run(
+            [sys.executable, "-c", task], cwd=ROOT / "slurm", env=environment, capture_output=True, text=True
+        )
+        assert ended.returncode == 1
+        assert expected in ended.stdout + ended.stderr
+        assert ("since" in ended.stderr) == ("since" in expected)
+        assert "Traceback" not in ended.stderr
+
     def test_the_ranks_keep_what_srun_hands_to_its_task(self) -> None:
         """With --mpi=pmi2 that is an open file, through which MPI_Init speaks to Slurm."""
         reader, writer = os.pipe()
@@ -170,9 +208,8 @@ class TestCommandLine:
     @pytest.mark.parametrize("command", ["submit", "sweep"])
     def test_dry_run_prints_what_is_submitted(self, tmp_path: Path, command: str) -> None:
         """An sbatch that takes any file shows which it was given; ``python`` is not the one that submits."""
-        for program in ("sbatch", "srun"):
-            (tmp_path / program).write_text("#!/bin/sh\necho Submitted batch job 42\n")
-            (tmp_path / program).chmod(0o755)
+        for name in ("sbatch", "srun"):
+            program(tmp_path / name, "echo Submitted batch job 42")
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         (tmp_path / "grid.yaml").write_text("{seed: [0, 1, 2]}")
         options = [command, "--profile=gpu", "--set=python=/else/where/python", f"--folder={tmp_path / 'logs'}"]
