@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,17 +32,20 @@ class Job:
     command: tuple[str, ...]
     max_requeues: int
     stop_after: float | None = None  # seconds; None: Slurm sends the signal
+    restarts: int = 0  # without Slurm, which counts by itself
 
     def __call__(self) -> None:
         """Run the ranks to their end; ends this process with an error if they failed or were restarted too often."""
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", self.restarts))
         if restarts > self.max_requeues:
             fail(
                 f"this is restart {restarts}, and max_requeues={self.max_requeues}: a job that gets no further, or "
                 "ends its nodes, would be requeued for ever. Look at the log, then submit it again"
             )
         requeue = signal.getsignal(signal.SIGUSR2)  # submitit's
-        ranks = subprocess.Popen(self._found(), close_fds=False)  # with pmi2, srun speaks to MPI through PMI_FD
+        environment = {**os.environ, "SLURM_RESTART_COUNT": str(restarts)}
+        # With pmi2, srun speaks to MPI through PMI_FD.
+        ranks = subprocess.Popen(self._found(), close_fds=False, env=environment)
         # Slurm signals every process of the job, but mpirun's ranks on other nodes get it through mpirun only.
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, lambda *_: ranks.send_signal(signal.SIGUSR2))
@@ -62,7 +65,7 @@ class Job:
 
     def checkpoint(self) -> DelayedSubmission:
         """What submitit runs after the requeue: the same; the script finds its own checkpoint."""
-        return DelayedSubmission(self)
+        return DelayedSubmission(replace(self, restarts=self.restarts + 1))
 
     def _wait(self, ranks: subprocess.Popen[bytes]) -> int:
         try:

@@ -303,6 +303,7 @@ class TestCommandLine:
         assert ended.returncode == 0, ended.stderr
         assert ended.stdout.count("again False") >= 1
         assert ended.stdout.count("again True") == 2
+        assert re.findall(r"restarted \d times", ended.stdout) == ["restarted 0 times", "restarted 1 times"]
 
 
 class TestSweeps:
