@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.table import Table
-from submitit.core.utils import JobPaths
+from submitit.core.utils import JobPaths, pickle_load
 
 # Final only when squeue or sacct has nothing newer: a job whose node failed shows NODE_FAIL before it is requeued.
 FINAL = {
@@ -28,6 +29,7 @@ FINAL = {
     "TIMEOUT",
 }
 UNKNOWN_SECONDS = 30  # after which a job that Slurm does not know is given up
+PATIENCE_SECONDS = 300  # in which Slurm must answer those who wait: a busy slurmctld does not always
 
 
 class SlurmError(RuntimeError):
@@ -52,14 +54,19 @@ def submitted(folder: Path) -> list[str]:
     return sorted((job for job in found if re.fullmatch(r"\d+(_\d+)?", job)), key=_key)
 
 
-def states(jobs: Sequence[str]) -> list[State]:
-    """The present state of each job: from squeue while it lives, then from sacct.
+def tasks(array: str, folder: Path) -> list[str]:
+    """The jobs of an array whose files are in ``folder``; none, if it is a single job."""
+    return [job for job in submitted(folder) if job.startswith(f"{array}_")]
+
+
+def states(jobs: Sequence[str], folder: Path) -> list[State]:
+    """The present state of each job: from squeue, then from sacct, then from what it has left in its folder.
 
     Raises:
         SlurmError: Slurm does not answer.
     """
     known = _known(jobs)
-    return [known.get(job, State(job, "UNKNOWN")) for job in jobs]
+    return [known.get(job) or _left(job, folder) for job in jobs]
 
 
 def table(rows: Iterable[State]) -> Table:
@@ -96,7 +103,7 @@ def follow(job: str, folder: Path, ended: Callable[[], str | None] | None = None
     """
     paths = JobPaths(folder, job_id=job, task_id=0)
     streams = [_Tail(paths.stdout, sys.stdout), _Tail(paths.stderr, sys.stderr)]
-    ended = ended or _EndUnderSlurm(job)
+    ended = ended or _EndUnderSlurm(job, folder)
     while True:
         state = ended()
         for stream in streams:
@@ -106,23 +113,28 @@ def follow(job: str, folder: Path, ended: Callable[[], str | None] | None = None
         time.sleep(1)
 
 
-def wait(jobs: Sequence[str], show: Callable[[int], None]) -> None:
+def wait(jobs: Sequence[str], folder: Path, show: Callable[[int], None]) -> list[State]:
     """Until all have ended.
 
     Args:
         jobs: their ids.
+        folder: where their files are.
         show: is told now and then how many have.
+
+    Returns:
+        The states that they ended in.
     """
     since = dict.fromkeys(jobs, time.monotonic())  # when Slurm has last known each
-    pause = 0.0
+    patience, pause = _Patience(), 0.0
     while True:
-        found = states(jobs)
-        now = time.monotonic()
-        since.update((one.job, now) for one in found if one.state != "UNKNOWN")
-        ended = sum(one.state in FINAL or now - since[one.job] > UNKNOWN_SECONDS for one in found)
-        show(ended)
-        if ended == len(jobs):
-            return
+        found = patience.try_to(lambda: states(jobs, folder))
+        if found is not None:
+            now = time.monotonic()
+            since.update((one.job, now) for one in found if one.state != "UNKNOWN")
+            ended = sum(one.state in FINAL or now - since[one.job] > UNKNOWN_SECONDS for one in found)
+            show(ended)
+            if ended == len(jobs):
+                return found
         pause = min(30.0, pause + 1)  # less and less often, as Slurm's administrators want it
         time.sleep(pause)
 
@@ -149,8 +161,10 @@ class _Tail:
 class _EndUnderSlurm:
     """Asks less and less often, as Slurm's administrators want it."""
 
-    def __init__(self, job: str) -> None:
+    def __init__(self, job: str, folder: Path) -> None:
         self._job = job
+        self._folder = folder
+        self._patience = _Patience()
         self._next = self._pause = 0.0
         self._last = ""
         self._since = time.monotonic()
@@ -161,7 +175,10 @@ class _EndUnderSlurm:
             return None
         self._pause = min(30.0, self._pause + 1)
         self._next = now + self._pause
-        (found,) = states([self._job])
+        answer = self._patience.try_to(lambda: states([self._job], self._folder))
+        if answer is None:
+            return None
+        (found,) = answer
         if found.state != self._last:
             print(f"[job {self._job}: {found.state} {found.nodes}]", file=sys.stderr, flush=True)
             self._last, self._since, self._pause = found.state, now, 1.0
@@ -170,27 +187,72 @@ class _EndUnderSlurm:
         return found.state if found.state in FINAL else None
 
 
+class _Patience:
+    """With a Slurm that does not answer for a while."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def try_to(self, ask: Callable[[], list[State]]) -> list[State] | None:
+        """What it returns, or None if Slurm does not answer now.
+
+        Raises:
+            SlurmError: it has not for too long.
+        """
+        try:
+            found = ask()
+        except SlurmError as error:
+            if time.monotonic() - self._since > PATIENCE_SECONDS:
+                raise
+            _say_once(f"{error}; asking again for {PATIENCE_SECONDS // 60} minutes")
+            return None
+        self._since = time.monotonic()
+        return found
+
+
 def _known(jobs: Sequence[str]) -> dict[str, State]:
     """By number; these jobs if Slurm knows them, and others."""
-    known: dict[str, State] = {}
-    for line in _output("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%j|%M|%R").splitlines():
-        job, state, name, elapsed, nodes = line.split("|", 4)
-        known[job] = State(job, state, name, elapsed, nodes)
-    ended = sorted({job.partition("_")[0] for job in jobs if job not in known})
-    if ended:
-        columns = "JobID,State,JobName,Elapsed,NodeList"
-        command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(ended)}"]
-        for line in _output(*command, f"--format={columns}").splitlines():
-            job, state, name, elapsed, nodes = line.split("|", 4)
-            known.setdefault(job, State(job, state.split()[0], name, elapsed, nodes))
-    return known
+    # Of jobs that have ended, the controller knows those of the last minutes (MinJobAge).
+    command = ["squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%j|%M|%R"]
+    known = _parsed(_output(*command))
+    ended = {job.partition("_")[0] for job in jobs if job not in known}
+    return {**_accounted(sorted(ended)), **known} if ended else known
+
+
+def _accounted(jobs: Sequence[str]) -> dict[str, State]:
+    """What the accounting knows of jobs and arrays; nothing where there is none, as on many small clusters."""
+    columns = "JobID,State,JobName,Elapsed,NodeList"
+    command = ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(jobs)}"]
+    try:
+        return _parsed(_output(*command, f"--format={columns}"))
+    except (SlurmError, FileNotFoundError) as error:
+        _say_once(f"no accounting ({error}): of jobs that ended some time ago, only what their files say is known")
+        return {}
+
+
+def _left(job: str, folder: Path) -> State:
+    """From the result that submitit writes when the first rank has ended, and so the script on all of them."""
+    result = JobPaths(folder, job).result_pickle
+    if not result.exists():  # which most failures, too, do not come to
+        return State(job, "UNKNOWN")
+    outcome, _ = pickle_load(result)
+    return State(job, "COMPLETED" if outcome == "success" else "FAILED")
+
+
+def _parsed(text: str) -> dict[str, State]:
+    """Lines of squeue or sacct."""
+    rows = (line.split("|", 4) for line in text.splitlines())
+    return {job: State(job, state.split()[0], name, elapsed, nodes) for job, state, name, elapsed, nodes in rows}
+
+
+@functools.cache
+def _say_once(warning: str) -> None:
+    """Those who wait ask again and again."""
+    print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _output(*command: str) -> str:
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise SlurmError(f"there is no {command[0]} here: is this a login node of a Slurm cluster?") from None
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise SlurmError(f"{command[0]}: {ended.stderr.strip()}")
     return ended.stdout

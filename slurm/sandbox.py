@@ -380,6 +380,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=5
+MinJobAge=5
 SlurmctldTimeout=10
 SlurmdTimeout=10
 TCPTimeout=2

@@ -102,7 +102,7 @@ def do_sweep(args: argparse.Namespace, script: list[str]) -> int:
         directory.mkdir(parents=True, exist_ok=True)
     submitted = executor.submit_array([make_job(profile, command) for command in commands])
     record = [
-        sweep.Point(job.job_id, str(directory), point)
+        sweep.Point(job.job_id, str(directory), point, str(args.folder.absolute()))
         for job, directory, point in zip(submitted, directories, points, strict=True)
     ]
     sweep.write_record(args.output, record)
@@ -116,12 +116,15 @@ def do_status(args: argparse.Namespace, script: list[str]) -> int:
     known = jobs.submitted(args.folder)
     wanted = [job for job in known if not args.jobs or {job, job.partition("_")[0]} & {*args.jobs}]
     wanted += [job for job in args.jobs if not any(job in (one, one.partition("_")[0]) for one in wanted)]
-    Console().print(jobs.table(jobs.states(wanted)) if wanted else f"No job was submitted from {args.folder}.")
+    states = jobs.states(wanted, args.folder) if wanted else []
+    Console().print(jobs.table(states) if states else f"No job was submitted from {args.folder}.")
     return 0
 
 
 def do_logs(args: argparse.Namespace, script: list[str]) -> int:
     """Print a job's output until it ends."""
+    if of_array := jobs.tasks(args.job, args.folder):
+        raise ProfileError(f"{args.job} is an array: ask for one of its jobs, {of_array[0]} to {of_array[-1]}")
     return follow(args.job, args.folder)
 
 
@@ -134,11 +137,13 @@ def do_cancel(args: argparse.Namespace, script: list[str]) -> int:
 def do_collect(args: argparse.Namespace, script: list[str]) -> int:
     """Print and draw a sweep's results."""
     record = sweep.read_record(args.directory)
+    numbers, folder = [point.job for point in record], Path(record[0].folder)
     if args.wait:
         with Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn()) as progress:
             task = progress.add_task("Waiting for the runs", total=len(record))
-            jobs.wait([point.job for point in record], lambda ended: progress.update(task, completed=ended))
-    states = jobs.states([point.job for point in record])
+            states = jobs.wait(numbers, folder, lambda ended: progress.update(task, completed=ended))
+    else:
+        states = jobs.states(numbers, folder)
     finished = [point for point, state in zip(record, states, strict=True) if state.state == "COMPLETED"]
     for point, state in zip(record, states, strict=True):
         if state.state != "COMPLETED":

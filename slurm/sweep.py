@@ -35,6 +35,7 @@ class Point:
     job: str
     directory: str
     settings: Settings
+    folder: str = "runs/slurm"  # of its logs; earlier records do not name it
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,6 @@ def test_trains_on_two_nodes_with_sparse_messages(uninterrupted: dict[str, Any])
     assert "horovod 0.28.1" in report
 
 
-def test_sacct_answers(cluster: Cluster, uninterrupted: dict[str, Any]) -> None:
-    ended = cluster.submit("status", f"--folder={cluster.folder}")
-    assert ended.returncode == 0, ended.stderr
-    assert re.search(r"training\s+│ COMPLETED", ended.stdout), ended.stdout
-
-
 def test_mpirun_inside_the_allocation(cluster: Cluster, uninterrupted: dict[str, Any]) -> None:
     ended = cluster.train("mpirun", settings=["--launcher=mpirun"])
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -251,6 +245,15 @@ def test_time_out(cluster: Cluster, timed_out: str, uninterrupted: dict[str, Any
     result = cluster.result("timed-out")
     assert result["start"] > 0
     assert result["digest"] == uninterrupted["digest"]
+
+
+def test_sacct_answers(cluster: Cluster, uninterrupted: dict[str, Any]) -> None:
+    """After some time, only the accounting knows a job that has ended; it writes times in another way."""
+    job = re.findall(r"Submitted job (\d+)", uninterrupted["output"])[0]
+    cluster.wait(job, lambda: job not in cluster.sandbox.run("squeue", "-h", "-o%i", "-t", "all").split())
+    ended = cluster.submit("status", job, f"--folder={cluster.folder}")
+    assert ended.returncode == 0, ended.stderr
+    assert re.search(r"training\s+│ COMPLETED\s+│ 00:", ended.stdout), ended.stdout
 
 
 def test_a_shell_inside_is_told_to_exit(cluster: Cluster) -> None:

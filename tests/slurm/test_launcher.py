@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import jobs
 import profiles
 import pytest
 import sweep
 from launch import make_job, slurm_executor
 from profiles import Profile, ProfileError, merge, parse_time
+from submitit.core.utils import JobPaths, cloudpickle_dump
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parent / "golden"
@@ -304,6 +307,74 @@ class TestCommandLine:
         assert ended.stdout.count("again False") >= 1
         assert ended.stdout.count("again True") == 2
         assert re.findall(r"restarted \d times", ended.stdout) == ["restarted 0 times", "restarted 1 times"]
+
+
+class TestJobs:
+    """With programs that stand in for Slurm's: a job 3 that runs, jobs 1, 2 and 12 that squeue has forgotten."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        program(tmp_path / "squeue", "echo '3|RUNNING|train|1:00|node1'")
+        program(tmp_path / "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+        folder = tmp_path / "logs"
+        folder.mkdir()
+        for job in ("1", "2", "3", "12_0", "12_1"):
+            JobPaths(folder, job).submitted_pickle.touch()
+        cloudpickle_dump(("success", None), JobPaths(folder, "1").result_pickle)
+        cloudpickle_dump(("error", "Traceback"), JobPaths(folder, "12_1").result_pickle)
+        return folder
+
+    def test_from_the_accounting(self, tmp_path: Path, folder: Path) -> None:
+        program(tmp_path / "sacct", "echo '2|CANCELLED by 0|train|00:01:00|node1'")
+        assert [state.state for state in jobs.states(["2", "3"], folder)] == ["CANCELLED", "RUNNING"]
+
+    def test_without_accounting(self, folder: Path) -> None:
+        """As on many small clusters: there submitit's results tell how a job has ended."""
+        ended = submit("status", f"--folder={folder}")
+        assert ended.returncode == 0, ended.stderr
+        states = re.findall(r"^│ (\w+) +│.*? │ (\w+)", ended.stdout, re.MULTILINE)
+        expected = {"1": "COMPLETED", "2": "UNKNOWN", "3": "RUNNING", "12_0": "UNKNOWN", "12_1": "FAILED"}
+        assert dict(states) == expected
+        (warning,) = ended.stderr.splitlines()
+        assert warning.startswith("warning: no accounting (sacct: Slurm accounting storage is disabled): of jobs")
+        assert submit("logs", "1", f"--folder={folder}").stdout == "Job 1 ended: COMPLETED.\n"
+
+    def test_no_sacct_at_all(self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "sacct").unlink()
+        monkeypatch.setenv("PATH", str(tmp_path))
+        program(tmp_path / "squeue", "/bin/echo '3|RUNNING|train|1:00|node1'")
+        assert [state.state for state in jobs.states(["1", "3"], folder)] == ["COMPLETED", "RUNNING"]
+
+    def test_no_slurm_at_all(self, folder: Path, tmp_path: Path) -> None:
+        ended = submit("logs", "3", f"--folder={folder}", PATH="/nowhere")
+        assert ended.returncode == 1
+        assert ended.stderr == "error: there is no squeue here: is this a login node of a Slurm cluster?\n"
+
+    def test_who_waits_outlasts_a_busy_controller(self, tmp_path: Path, folder: Path) -> None:
+        busy = f"test -e {tmp_path}/asked || {{ touch {tmp_path}/asked; echo Socket timed out >&2; exit 1; }}"
+        program(tmp_path / "squeue", f"{busy}\necho '3|COMPLETED|train|1:00|node1'")
+        ended = submit("logs", "3", f"--folder={folder}")
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout == "Job 3 ended: COMPLETED.\n"
+        assert "warning: squeue: Socket timed out; asking again for 5 minutes\n" in ended.stderr
+        (tmp_path / "asked").unlink()
+        told: list[int] = []
+        assert [state.state for state in jobs.wait(["1", "3"], folder, told.append)] == ["COMPLETED", "COMPLETED"]
+        assert told == [2]
+
+    def test_patience_ends(self, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        program(tmp_path / "squeue", "echo Unable to contact slurm controller >&2; exit 1")
+        monkeypatch.setattr(jobs, "PATIENCE_SECONDS", 1.5)
+        began = time.monotonic()
+        with pytest.raises(jobs.SlurmError, match="squeue: Unable to contact"):
+            jobs.wait(["3"], folder, lambda ended: None)
+        assert time.monotonic() - began > 1.5
+
+    def test_logs_of_an_array(self, folder: Path) -> None:
+        ended = submit("logs", "12", f"--folder={folder}")
+        assert ended.returncode == 1
+        assert ended.stderr == "error: 12 is an array: ask for one of its jobs, 12_0 to 12_1\n"
 
 
 class TestSweeps:
