@@ -144,13 +144,14 @@ def do_collect(args: argparse.Namespace, script: list[str]) -> int:
             states = jobs.wait(numbers, folder, lambda ended: progress.update(task, completed=ended))
     else:
         states = jobs.states(numbers, folder)
-    finished = [point for point, state in zip(record, states, strict=True) if state.state == "COMPLETED"]
+    results = []
     for point, state in zip(record, states, strict=True):
-        if state.state != "COMPLETED":
-            print(f"Left out: job {point.job} ({sweep.directory_name(point.settings)}) is {state.state}.")
-    if not finished:
-        fail("no run has finished yet")
-    results = [sweep.read_result(point) for point in finished]
+        try:
+            results.append(sweep.read_result(point, state.state))
+        except ProfileError as error:
+            print(f"Left out: job {point.job} ({sweep.directory_name(point.settings)}): {error}", file=sys.stderr)
+    if not results:
+        fail("no run has finished with a result yet")
     Console().print(sweep.table(results))
     picture = args.directory / "accuracy-vs-megabytes.png"
     sweep.draw(results, picture)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -100,20 +101,26 @@ def read_record(directory: Path) -> list[Point]:
         raise ProfileError(f"there is no sweep in {directory} ({RECORD} is missing)") from None
 
 
-def read_result(point: Point) -> Result:
-    """Of a finished run.
+def read_result(point: Point, state: str) -> Result:
+    """Of a run whose job is in ``state``.
 
     Raises:
-        ProfileError: its script wrote no metrics.
+        ProfileError: it has not finished, or its script wrote no metrics, or measured no accuracy at its end.
     """
+    if state != "COMPLETED":
+        raise ProfileError(f"it is {state}")
     metrics = Path(point.directory) / "metrics.jsonl"
     try:
         last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
-        return Result(point.settings, last["accuracy"], last["megabytes_sent"])
-    except (OSError, IndexError, KeyError, ValueError) as error:
+        numbers = {name: last[name] for name in ("accuracy", "megabytes_sent")}
+    except (OSError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ProfileError(
             f"{metrics}: no line with accuracy and megabytes_sent ({error}); is {RUN} in the arguments?"
         ) from None
+    for name, value in numbers.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ProfileError(f"{metrics}: in the last line {name} must be a number, got {json.dumps(value)}")
+    return Result(point.settings, **numbers)
 
 
 def over_seeds(results: Sequence[Result]) -> list[tuple[Settings, list[Result]]]:

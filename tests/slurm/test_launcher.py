@@ -407,6 +407,38 @@ class TestSweeps:
             sweep.read_grid(tmp_path / "grid.yaml")
         assert expected in str(caught.value)
 
+    @pytest.fixture
+    def swept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """Two finished runs without a result, one that runs, and one that has all."""
+        texts = [None, '{"accuracy": null, "megabytes_sent": 3}\n', "", '{"accuracy": 0.5, "megabytes_sent": 3}\n']
+        points = [sweep.Point(f"7_{i}", str(tmp_path / str(i)), {"seed": i}, str(tmp_path)) for i in range(4)]
+        for point, text in zip(points, texts, strict=True):
+            Path(point.directory).mkdir()
+            if text is not None:
+                (Path(point.directory) / "metrics.jsonl").write_text(text)
+        sweep.write_record(tmp_path, points)
+        lines = [f"7_{i}|{'RUNNING' if i == 2 else 'COMPLETED'}|x|1:00|node1" for i in range(4)]
+        program(tmp_path / "squeue", "\n".join(f"echo '{line}'" for line in lines))
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        return tmp_path
+
+    def test_collect_leaves_out_what_has_no_result(self, swept: Path) -> None:
+        ended = submit("collect", str(swept))
+        assert ended.returncode == 0, ended.stderr
+        assert re.search(r"^ +1 │ +50.0% │ +3.0 *$", ended.stdout, re.MULTILINE), ended.stdout
+        first, second, third = ended.stderr.splitlines()
+        assert first.startswith(f"Left out: job 7_0 (seed=0): {swept}/0/metrics.jsonl: no line with accuracy")
+        assert second.endswith("1/metrics.jsonl: in the last line accuracy must be a number, got null")
+        assert third == "Left out: job 7_2 (seed=2): it is RUNNING"
+        assert (swept / "accuracy-vs-megabytes.png").exists()
+
+    def test_nothing_to_collect(self, swept: Path) -> None:
+        (swept / "3" / "metrics.jsonl").write_text("[]\n")
+        ended = submit("collect", str(swept))
+        assert ended.returncode == 1
+        assert ended.stderr.count("Left out: ") == 4
+        assert ended.stderr.endswith("\nerror: no run has finished with a result yet\n")
+
     def test_seeds_are_one_line(self, tmp_path: Path) -> None:
         results = [
             sweep.Result({"ratio": 0.1, "seed": 0}, 0.5, 10.0),
