@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -122,7 +123,7 @@ class Sandbox:
         self._record = self.directory / "processes.json"
 
     def start(self) -> None:
-        """Start all, and wait until all nodes are idle.
+        """Start all, and wait until all nodes are up.
 
         Raises:
             SandboxError: it cannot run here, runs already, or a part of it did not come up.
@@ -139,7 +140,7 @@ class Sandbox:
             self._start_controller()
             for name in self.names:
                 self.boot(name, wait=False)
-            self._until(30, self._all_idle, "the nodes")
+            self._until(30, lambda: self._are_up(*self.names), "the nodes")
         except BaseException:
             self.stop()
             raise
@@ -196,7 +197,7 @@ class Sandbox:
             (self.directory / folder / name).mkdir()
         self.run("slurmd", "-N", name, host=name)
         if wait:
-            self._until(30, self._all_idle, name)
+            self._until(30, lambda: self._are_up(name), name)
 
     def is_around(self) -> bool:
         """Whether this process was started in it, by :meth:`command`: process ids in there are others."""
@@ -270,9 +271,10 @@ class Sandbox:
         self.run("sacctmgr", "-i", "-Q", "add", "user", "root", "account=lab")
         self.run("slurmctld", "-i")
 
-    def _all_idle(self) -> bool:
-        states = self.run("sinfo", "-h", "-p", "debug", "-N", "-o", "%t").split()
-        return states == ["idle"] * len(self.names)
+    def _are_up(self, *names: str) -> bool:
+        """Idle, at work or drained; Slurm marks a node that does not answer with a star."""
+        states = self.run("sinfo", "-h", "-p", "debug", "-N", "-n", ",".join(names), "-o", "%t").split()
+        return len(states) == len(names) and not any(re.match(r"down|unk|.*\*$", state) for state in states)
 
     def _until_runs(self, seconds: float, *arguments: str) -> None:
         def runs() -> bool:

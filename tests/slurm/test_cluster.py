@@ -222,6 +222,20 @@ def test_preempted(cluster: Cluster, uninterrupted: dict[str, Any]) -> None:
     assert result["digest"] == uninterrupted["digest"]
 
 
+def test_a_node_boots_beside_others(cluster: Cluster) -> None:
+    """Of which one is at work, and one has crashed."""
+    job = cluster.sandbox.run("sbatch", "--parsable", "-wnode3", "-o/dev/null", "--wrap=sleep 60").strip()
+    cluster.wait(job, lambda: cluster.state(job) == "RUNNING")
+    cluster.sandbox.crash("node4")
+    cluster.sandbox.crash("node5")
+    cluster.wait(job, lambda: cluster.sandbox.run("sinfo", "-hNpdebug", "-o%t").split()[3:] == ["down*", "down*"])
+    cluster.sandbox.boot("node5")
+    assert cluster.sandbox.run("srun", "-wnode5", "hostname").strip() == "node5"
+    cluster.sandbox.boot("node4")
+    assert cluster.sandbox.run("srun", "-wnode4", "hostname").strip() == "node4"
+    cluster.sandbox.run("scancel", job)
+
+
 def test_node_is_lost(cluster: Cluster, uninterrupted: dict[str, Any]) -> None:
     """Not the one that runs sbatch's file: the other ranks fail before Slurm notices, which is the harder case."""
     options = ["--set=sbatch={exclude: 'node[1-2]'}"]
