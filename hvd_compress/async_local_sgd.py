@@ -12,6 +12,7 @@ import torch
 
 from .checks import check_numbers
 from .gradient import GradientCompressor
+from .interrupts import interrupted_at_its_end
 from .ledger import Ledger
 from .local_sgd import check_period
 from .membership import check_process_set, members
@@ -169,7 +170,8 @@ class AsyncQsparseLocalSGD(Wrapped):
             RuntimeError: ``total_steps`` were taken before, or the wrapped optimizer was given parameters that this
                 one does not know.
             NonFiniteError: this rank's parameters moved to inf or NaN since its last exchange. These steps are
-                dropped, it has the current model, and its memory is as it was; the other ranks go on.
+                dropped, it has the current model, and its memory is as it was; the other ranks go on. The inner
+                optimizer's own state is not: to go on, clear it (``optimizer.optimizer.state.clear()``).
             PeerError: another rank, or a server, has failed; the run cannot go on.
             RankMismatchError: at the first step, when ranks differ.
         """
@@ -297,20 +299,25 @@ class AsyncQsparseLocalSGD(Wrapped):
             saved=self._saved,
         )
 
-    @torch.no_grad()
     def _exchange(self) -> None:
-        for name, anchor in self._anchors.items():
+        # What is allocated in inference mode could not be changed later.
+        with torch.inference_mode(False), torch.no_grad(), interrupted_at_its_end():
+            self._add()
+            self._last_sync, self._is_stale = self._steps, True
             try:
-                movement = moved(anchor, self._parameters[name])
-            except Exception as error:
-                self._model.let_fail(error)  # the others may wait for this rank
-                break
-            self._model.add(name, movement)
-        self._last_sync, self._is_stale = self._steps, True
+                self._model.exchange(self._steps, self._anchors)
+            finally:
+                self._settle()
+
+    def _add(self) -> None:
         try:
-            self._model.exchange(self._steps, self._anchors)
-        finally:
-            self._settle()
+            for name, anchor in self._anchors.items():
+                self._model.add(name, moved(anchor, self._parameters[name]))
+        except Exception as error:
+            self._model.let_fail(error)  # the others may wait for this rank
+        except BaseException:
+            self._model.stay_away()
+            raise
 
     def _statement(self) -> str:
         lines = [f"{type(self).__name__} with mode={self._mode!r}, max_staleness={self._max_staleness}"]

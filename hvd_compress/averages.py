@@ -138,6 +138,7 @@ class HorovodAverage(Member):
         self._process_set = process_set or hvd.global_process_set
         # State
         self.is_open = False  # whether the ranks have compared what they expect
+        self._rounds = 0  # averages since then
 
     def __repr__(self) -> str:
         return f"Compression.{'fp16' if self._compression is hvd.Compression.fp16 else 'none'}"
@@ -152,7 +153,7 @@ class HorovodAverage(Member):
         mine = "\n".join([f"average by Horovod with {self!r}", expects, *tensors_of(shapes)])
         exchange, _ = agree(self._process_set, self._process_set.ranks or (), mine, None)
         self.ledger.shared.horovod += exchange.sent
-        self.is_open = True
+        self.is_open, self._rounds = True, 0
 
     def leave(self) -> None:
         """Forget the other ranks: the next exchange compares anew."""
@@ -183,6 +184,7 @@ class HorovodAverage(Member):
         self.ledger.exchanges += 1
         with self.ledger.timed("exchange"):
             averages = hvd.grouped_allreduce(compressed, name="qsparse_local_sgd", process_set=self._process_set)
+        self._rounds += 1
         with self.alone():
             result = {
                 name: self._compression.decompress(average, context).to(moves[name].dtype)
@@ -203,12 +205,13 @@ class HorovodAverage(Member):
                 anchors[name].sub_(average)
 
     def _check(self, step: int) -> None:
-        """Every rank raises if one has failed, or if the first and the last of their steps differ."""
+        """Every rank raises if one has failed, or if the first and the last of their steps differ, or of averages."""
         failure, self._failure = self._failure, self._spoilt
-        mine = torch.tensor([step, -step, 0 if failure is None else -1 - hvd.rank()], device="cpu")
+        counts, failing = [step, -step, self._rounds, -self._rounds], 0 if failure is None else -1 - hvd.rank()
+        mine = torch.tensor([*counts, failing], device="cpu")
         self.ledger.shared.horovod += mine.nbytes
         exchanged = hvd.allreduce(mine, name="qsparse_local_sgd.step", op=hvd.Min, process_set=self._process_set)
-        first, last, failed = exchanged.tolist()
+        first, last, fewest, most, failed = exchanged.tolist()
         if failure is not None:
             raise failure
         if failed < 0:
@@ -216,6 +219,11 @@ class HorovodAverage(Member):
         if first + last != 0:
             raise RankMismatchError(
                 f"ranks exchange at different steps; this rank at step {step}: compare sync_every"
+            )
+        if fewest + most != 0:
+            raise RankMismatchError(
+                f"ranks have seen {fewest} to {-most} averages: one failed on some of them alone, and they differ "
+                "since then. Load a checkpoint on all ranks"
             )
 
     def residual(self, name: str) -> Tensor | None:
@@ -226,14 +234,14 @@ class HorovodAverage(Member):
         """There is none."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The ledger.
+        """The ledger, and a counter.
 
         Raises:
             RuntimeError: an exchange has failed on this rank alone.
         """
         if self._spoilt is not None:
             raise self._spoilt
-        return {"ledger": self.ledger.state_dict()}
+        return {"ledger": self.ledger.state_dict(), "rounds": self._rounds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of :meth:`state_dict`.
@@ -245,6 +253,7 @@ class HorovodAverage(Member):
             raise ValueError("the state was saved with a compressor and its memory: use the same compression=…")
         self.ledger.load_state_dict(state["ledger"])
         self._failure = self._spoilt = None
+        self._rounds = state.get("rounds", 0)
 
 
 def _not_finite(where: list[str]) -> NonFiniteError:

@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 from .checks import check_numbers
+from .interrupts import interrupted_at_its_end
 from .membership import Change, members
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
@@ -106,7 +107,12 @@ class Checkpoints:
             ValueError: the ranks are at different steps, or ``step`` is negative, or the directory has a checkpoint
                 of a later one, another run's for instance; or some rank's ``state`` holds what could not be loaded.
             OSError: it could not be written on some rank; every rank raises, and the checkpoints from before stand.
+            KeyboardInterrupt: at the end, if Ctrl-C came meanwhile.
         """
+        with interrupted_at_its_end():
+            self._save(step, state)
+
+    def _save(self, step: int, state: Mapping[str, Any]) -> None:
         steps = self._communicator.allgather(step)
         if min(steps) != max(steps) or step < 0:
             raise ValueError(f"all ranks must save the same step ≥ 0, they are at {sorted({*steps})}")
@@ -137,6 +143,10 @@ class Checkpoints:
                 cannot; every rank raises.
             OSError: a file could not be read on some rank; every rank raises.
         """
+        with interrupted_at_its_end():
+            return self._load(map_location, resize)
+
+    def _load(self, map_location: torch.device | str, resize: Resize | None) -> Checkpoint | None:
         step = self._on_first_rank(lambda: max(self._steps(), default=None))
         if step is None:
             return None

@@ -145,7 +145,7 @@ def _mean_over_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
     if own is None:
         return _mean_memory(state)
     taken = {**own, "starts": _mean("starts", own["starts"])}
-    if own["average"].keys() != {"ledger"}:  # not Horovod's
+    if "format" in own["average"]:  # not Horovod's
         taken["average"] = _mean_memory(own["average"])
     return {**state, STATE_KEY: taken}
 

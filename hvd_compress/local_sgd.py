@@ -15,6 +15,7 @@ from .averages import averager
 from .checks import check_numbers
 from .errors import NonFiniteError
 from .gradient import GradientCompressor
+from .interrupts import interrupted_at_its_end
 from .ledger import Ledger
 from .membership import check_process_set
 from .wrapped import Wrapped, checksum, load_together, model_of, moved
@@ -121,6 +122,7 @@ class QsparseLocalSGD(Wrapped):
             RuntimeError: the wrapped optimizer was given parameters that this one does not know.
             NonFiniteError, PeerError, RankMismatchError, WireError: see :meth:`synchronize`.
         """
+        self._check_is_not_evaluating()
         with self._one_step():
             if self._steps == 0:
                 self._begin()
@@ -134,7 +136,6 @@ class QsparseLocalSGD(Wrapped):
                 self.synchronize()
             return loss
 
-    @torch.no_grad()
     def synchronize(self) -> None:
         """Exchange now, if a local step was taken since the last time. Collective.
 
@@ -147,33 +148,16 @@ class QsparseLocalSGD(Wrapped):
                 clear it (``optimizer.optimizer.state.clear()``) or load a checkpoint.
             PeerError, RankMismatchError, WireError: the exchange failed, on every rank. The local steps stand and go
                 into the next exchange; with a number for ``sync_every``, that is after the next step.
+            RuntimeError: within :meth:`evaluation`, in mid-round.
+            KeyboardInterrupt: at the end, if Ctrl-C came meanwhile.
         """
-        self._settle()
-        if self._local_steps == 0:
-            return
-        lr, forgotten = self._lr, self._forget_if_due()
-        try:
-            if not self._average.is_open:
-                self._average.open(self._statement())
-            self._move_anchors()
-        except BaseException as error:
-            self._lr = lr
-            if forgotten is not None and not self._average.is_spoilt:
-                sent = self.ledger.state_dict()
-                self._average.load_state_dict(forgotten)
-                self.ledger.load_state_dict(sent)
-            if isinstance(error, NonFiniteError):
-                self._local_steps, self._is_stale = 0, True
-                self._settle()
-            raise
-        with self._average.alone():
-            starts = dict(self._anchors)
-            for name, anchor in self._anchors.items():
-                lead = self._lead(name)
-                if lead is not None:
-                    starts[name] = anchor - lead.to(anchor)
-        self._starts, self._local_steps, self._is_stale = starts, 0, True
-        self._settle()
+        if self._local_steps:
+            self._check_is_not_evaluating()
+        # What is allocated in inference mode could not be changed later.
+        with torch.inference_mode(False), torch.no_grad(), interrupted_at_its_end():
+            self._settle()
+            if self._local_steps:
+                self._exchange()
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -262,6 +246,13 @@ class QsparseLocalSGD(Wrapped):
         self._is_stale = self._steps > 0 and not self._local_steps  # other ranks' parameters may have been loaded
         self._settle()
 
+    def _check_is_not_evaluating(self) -> None:
+        if self._is_evaluating:
+            raise RuntimeError(
+                "within evaluation() the parameters are not where the local steps have led: call step() and "
+                "synchronize() outside of it"
+            )
+
     def _is_due(self) -> bool:
         if callable(self.sync_every):
             return self.sync_every(self._steps)
@@ -274,6 +265,31 @@ class QsparseLocalSGD(Wrapped):
             self._anchors[name].copy_(p.detach())
         if self._look_ahead:  # then the two part at the first exchange, and a lead may be told from both
             self._starts = {name: anchor.clone() for name, anchor in self._anchors.items()}
+
+    def _exchange(self) -> None:
+        lr, forgotten = self._lr, self._forget_if_due()
+        try:
+            if not self._average.is_open:
+                self._average.open(self._statement())
+            self._move_anchors()
+        except BaseException as error:
+            self._lr = lr
+            if forgotten is not None and not self._average.is_spoilt:
+                sent = self.ledger.state_dict()
+                self._average.load_state_dict(forgotten)
+                self.ledger.load_state_dict(sent)
+            if isinstance(error, NonFiniteError):
+                self._local_steps, self._is_stale = 0, True
+                self._settle()
+            raise
+        with self._average.alone():
+            starts = dict(self._anchors)
+            for name, anchor in self._anchors.items():
+                lead = self._lead(name)
+                if lead is not None:
+                    starts[name] = anchor - lead.to(anchor)
+        self._starts, self._local_steps, self._is_stale = starts, 0, True
+        self._settle()
 
     def _move_anchors(self) -> None:
         """Exchange, and take x_sync one step on."""

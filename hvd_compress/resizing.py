@@ -158,8 +158,9 @@ def _local_sgd(change: Change, states: Sequence[Mapping[str, Any]]) -> dict[str,
         "starts": {name: _mean(change, [o["starts"][name] for o in own]) for name in first["starts"]},
     }
     averages = [o["average"] for o in own]
-    if first["average"].keys() == {"ledger"}:  # Horovod's
-        taken["average"] = {"ledger": _ledger(change, [average["ledger"] for average in averages])}
+    if "format" not in first["average"]:  # Horovod's
+        ledger = _ledger(change, [average["ledger"] for average in averages])
+        taken["average"] = {**first["average"], "ledger": ledger}
     else:
         taken["average"] = resize(change, averages)
     return {**_optimizer(change, states, STATE_KEY), STATE_KEY: taken}
@@ -183,14 +184,20 @@ def _optimizer(change: Change, states: Sequence[Mapping[str, Any]], key: str) ->
 
 
 def _averaged(change: Change, values: Sequence[Any]) -> Any:
-    """A tree of values, where tensors of floating point that differ are averaged."""
-    first = values[change.nearest]
+    """A tree of values, where tensors of floating point that differ are averaged.
+
+    Of a parameter that some rank has not met yet, there is no state there (None): momentum and moments are zero.
+    """
+    there = [value for value in values if value is not None]
+    first = values[change.nearest] if values[change.nearest] is not None or not there else there[0]
     if isinstance(first, Mapping):
-        # A parameter that some rank has not met yet has no state there.
-        return {key: _averaged(change, [v.get(key, first[key]) for v in values]) for key in first}
+        keys = dict.fromkeys(key for value in there for key in value)
+        return {key: _averaged(change, [None if v is None else v.get(key) for v in values]) for key in keys}
     if isinstance(first, Tensor) and first.is_floating_point():
-        differ = any(v.shape == first.shape and not torch.equal(v, first) for v in values)
-        return _mean(change, list(values)) if differ else first
+        absent = torch.zeros_like(first) if first.dim() else first  # steps, which are a number
+        tensors = [absent if value is None else value for value in values]
+        differ = any(t.shape == first.shape and not torch.equal(t, first) for t in tensors)
+        return _mean(change, tensors) if differ else first
     return first
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import horovod.torch as hvd
+import pytest
 import torch
 from torch import Tensor
 
@@ -88,3 +92,17 @@ def half_set(optimizer: Any) -> Iterator[None]:
 
     optimizer._set_parameters = interrupts
     yield
+
+
+@contextlib.contextmanager
+def interrupted_soon(seconds: float = 0.5) -> Iterator[None]:
+    """A context in which Ctrl-C comes after that time, and interrupts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    timer = threading.Timer(seconds, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)

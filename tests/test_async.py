@@ -22,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Vectors, assert_replicas_identical, gradient, half_set, through_a_file
+from models import Vectors, assert_replicas_identical, gradient, half_set, interrupted_soon, through_a_file
 from test_wire import mutated
 from torch import Tensor
 from world import World, launch
@@ -793,6 +793,55 @@ def interrupted_while_it_compresses() -> None:
 @pytest.mark.ranks(2)
 def test_an_interrupt_while_a_rank_compresses_loses_nothing(world: World) -> None:
     world.run(interrupted_while_it_compresses)
+
+
+def interrupted_as_it_waits() -> None:
+    """By a real Ctrl-C, while an answer waits for the other rank; both go on, in the order of the schedule."""
+    model = Vectors(SHAPES)
+    with wrap(model, 2, ratio=1.0, k=None, mode="logical", total_steps=6) as optimizer:
+        train(model, optimizer, 0, 3)
+        if hvd.rank() == 0:
+            with interrupted_soon():
+                train(model, optimizer, 3, 4)
+        else:
+            time.sleep(1.0)
+            train(model, optimizer, 3, 4)
+        train(model, optimizer, 4, 6)
+    assert_replicas_identical(list(model.parameters()))
+    steps = sum(gradients(r, s)["a"] for r in range(hvd.size()) for s in range(6))
+    torch.testing.assert_close(model.get_parameter("a").detach(), -0.5 * steps / hvd.size())
+
+
+@pytest.mark.ranks(2)
+def test_an_interrupt_while_others_are_awaited(world: World) -> None:
+    world.run(interrupted_as_it_waits)
+
+
+def interrupted_between_two_tensors() -> None:
+    """In an operator: nothing of what was added stays, and the state can be saved."""
+    model = Vectors(SHAPES)
+    with wrap(model, 4) as optimizer:
+        train(model, optimizer, 0, 7)
+        works, calls = TopK.split, itertools.count()
+
+        def interrupts(*arguments: Any, **draws: Any) -> Any:
+            if next(calls):
+                raise KeyboardInterrupt
+            return works(*arguments, **draws)
+
+        if hvd.rank() == 1:
+            with mock.patch.object(TopK, "split", interrupts), pytest.raises(KeyboardInterrupt):
+                train(model, optimizer, 7, 8)
+        else:
+            train(model, optimizer, 7, 8)
+        optimizer.state_dict()
+        train(model, optimizer, 8, 13)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_an_interrupt_between_two_tensors(world: World) -> None:
+    world.run(interrupted_between_two_tensors)
 
 
 def interrupted_as_parameters_are_set() -> None:

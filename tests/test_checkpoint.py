@@ -21,7 +21,7 @@ import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
-from models import through_a_file
+from models import interrupted_soon, through_a_file
 from world import World, environment, launch, mpirun_command
 
 from hvd_compress import Checkpoints, Interruption, random_state, set_random_state
@@ -192,6 +192,22 @@ def save_numbers(directory: str) -> None:
     Checkpoints(directory).save(4, {"w": NUMBERS})
 
 
+def interrupted_as_others_write(directory: str) -> None:
+    """By a real Ctrl-C, on a rank that waits for them: the checkpoint is written, and the next one."""
+    checkpoints = Checkpoints(directory)
+    if hvd.rank() == 0:
+        with interrupted_soon():
+            checkpoints.save(2, {"x": 1})
+    else:
+        with mock.patch.object(os, "fsync", side_effect=lambda _: time.sleep(1)):
+            checkpoints.save(2, {"x": 1})
+    checkpoints.save(3, {"x": 2})
+    found = checkpoints.load()
+    assert found is not None
+    assert (found.step, found.state) == (3, {"x": 2})
+    assert sorted(path.name for path in Path(directory).iterdir()) == ["step-0000000002", "step-0000000003"]
+
+
 def interrupted_while_saving(directory: str, where: str) -> None:
     """By Ctrl-C, after which the program goes on, and later saves again."""
     checkpoints = Checkpoints(directory)
@@ -249,6 +265,10 @@ class TestCheckpoints:
         for text in world.run(load_damaged, str(tmp_path)):
             assert last in text
             assert "checksum" in text
+
+    def test_an_interrupt_while_others_write(self, world: World, tmp_path: Path) -> None:
+        if world.ranks > 1:
+            world.run(interrupted_as_others_write, str(tmp_path))
 
     def test_an_interrupt_on_one_rank(self, world: World, tmp_path: Path) -> None:
         for where in ("_make_room", "_write", "_complete"):

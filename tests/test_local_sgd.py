@@ -6,6 +6,10 @@ import contextlib
 import copy
 import itertools
 import math
+import os
+import signal
+import threading
+import time
 from fractions import Fraction
 from typing import Any
 from unittest import mock
@@ -13,7 +17,15 @@ from unittest import mock
 import horovod.torch as hvd
 import pytest
 import torch
-from models import ByDefinition, Vectors, assert_replicas_identical, gradient, half_set, through_a_file
+from models import (
+    ByDefinition,
+    Vectors,
+    assert_replicas_identical,
+    gradient,
+    half_set,
+    interrupted_soon,
+    through_a_file,
+)
 from torch import Tensor
 from world import World
 
@@ -29,6 +41,7 @@ from hvd_compress import (
     wire,
 )
 from hvd_compress.averages import averager
+from hvd_compress.interrupts import interrupted_at_its_end
 from hvd_compress.memory import Residual
 from hvd_compress.operators import QSGD, TopK, compose
 
@@ -543,6 +556,141 @@ def interrupted_as_parameters_are_set(where: str) -> None:
 @pytest.mark.parametrize("where", ["synchronize", "evaluation"])
 def test_an_interrupt_as_parameters_are_set_loses_nothing(world: World, where: str) -> None:
     world.run(interrupted_as_parameters_are_set, where)
+
+
+def interrupted_as_it_waits(path: str) -> None:
+    """By a real Ctrl-C, while the other rank has not come: it comes after the exchange."""
+    model = Vectors(SHAPES)
+    compression = hvd.Compression.none if path == "none" else Compression.topk(k=5, dense_below=0)
+    optimizer = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5),
+        named_parameters=model.named_parameters(),
+        compression=compression,
+        sync_every=2,
+    )
+    train(model, optimizer, 0, 3)
+    if hvd.rank() == 0:
+        with interrupted_soon():
+            train(model, optimizer, 3, 4)
+    else:
+        time.sleep(1.0)
+        train(model, optimizer, 3, 4)
+    assert_replicas_identical(list(model.parameters()))
+    assert optimizer.state_dict()["qsparse_local_sgd"]["local_steps"] == 0
+    train(model, optimizer, 4, 6)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("path", ["topk", "none"])
+def test_an_interrupt_while_others_are_awaited_comes_after_the_exchange(world: World, path: str) -> None:
+    world.run(interrupted_as_it_waits, path)
+
+
+def sends_itself(*signals: signal.Signals, then: Exception | None = None) -> list[str]:
+    """What a block that gets these has come to, in its context."""
+    came = []
+    try:
+        with interrupted_at_its_end(), interrupted_at_its_end():
+            for number in signals:
+                os.kill(os.getpid(), number)
+            if then is not None:
+                raise then
+            came.append("its end")
+    except KeyboardInterrupt:
+        came.append("interrupt")
+    return came
+
+
+def test_an_interrupt_comes_at_the_end_and_a_second_one_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
+    try:
+        assert sends_itself() == ["its end"]
+        assert sends_itself(signal.SIGINT) == ["its end", "interrupt"]
+        assert sends_itself(signal.SIGINT, signal.SIGINT) == ["interrupt"]
+        assert sends_itself(signal.SIGINT, then=ValueError("less urgent")) == ["interrupt"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        own: list[int] = []
+        signal.signal(signal.SIGINT, lambda number, _: own.append(number))
+        assert sends_itself(signal.SIGINT) == ["its end"]
+        assert own == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    elsewhere: list[list[str]] = []
+    thread = threading.Thread(target=lambda: elsewhere.append(sends_itself()))
+    thread.start()
+    thread.join()
+    assert elsewhere == [["its end"]]
+
+
+def steps_within_an_evaluation() -> None:
+    """Where the parameters are x_sync: the local steps would be lost, and others' counted twice."""
+    model = Vectors(SHAPES)
+    optimizer = wrap(model, sync_every=2)
+    train(model, optimizer, 0, 3)
+    before = copy.deepcopy(dict(model.state_dict()))
+    with optimizer.evaluation():
+        for call in (optimizer.synchronize, optimizer.step):
+            with pytest.raises(RuntimeError, match=r"within evaluation\(\).* outside of it"):
+                call()
+    assert_same(dict(model.state_dict()), before)
+    optimizer.synchronize()
+    with optimizer.evaluation():
+        optimizer.synchronize()  # there is nothing to be lost
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(1, 2)
+def test_steps_within_an_evaluation_are_refused(world: World) -> None:
+    world.run(steps_within_an_evaluation)
+
+
+def synchronizes_in_inference_mode(path: str) -> None:
+    """As evaluating functions are decorated: what is allocated there is changed in later steps."""
+    runs = []
+    for mode in (contextlib.nullcontext, torch.inference_mode):
+        model = Vectors(SHAPES)
+        optimizer = QsparseLocalSGD(
+            torch.optim.SGD(model.parameters(), lr=0.5),
+            named_parameters=model.named_parameters(),
+            compression=hvd.Compression.none if path == "none" else Compression.topk(k=5, dense_below=0),
+            sync_every=4,
+            outer=(lambda x: torch.optim.SGD(x, lr=0.7, momentum=0.9)) if path == "outer" else None,
+        )
+        for first in (0, 2, 5):
+            train(model, optimizer, first, first + 3)
+            with mode():
+                optimizer.synchronize()
+        runs.append(dict(model.state_dict()))
+    assert_same(*runs)
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("path", ["topk", "outer", "none"])
+def test_synchronize_in_inference_mode(world: World, path: str) -> None:
+    world.run(synchronizes_in_inference_mode, path)
+
+
+def averages_are_counted() -> None:
+    """One rank has seen an average more than the other, at the same step."""
+    model = Vectors(SHAPES)
+    optimizer: Any = QsparseLocalSGD(
+        torch.optim.SGD(model.parameters(), lr=0.5), named_parameters=model.named_parameters()
+    )
+    train(model, optimizer, 0, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer._average._rounds += hvd.rank()
+    with pytest.raises(RankMismatchError, match=r"2 to 3 averages.*Load a checkpoint on all ranks"):
+        train(model, optimizer, 2, 3)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    train(model, optimizer, 2, 3)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_have_seen_different_averages_know(world: World) -> None:
+    world.run(averages_are_counted)
 
 
 def fails_before_horovod_is_asked() -> None:

@@ -691,7 +691,11 @@ class TestGently:
             "sys.exit(75)\n"
         )
         command = [sys.executable, str(EXAMPLES.parent / "scripts" / "gently.py"), *mpirun_command(2)]
-        job = subprocess.Popen([*command, sys.executable, str(program), str(tmp_path)], env=environment())
+        job = subprocess.Popen(
+            [*command, sys.executable, str(program), str(tmp_path)],
+            env=environment(),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs in the background ignores it
+        )
         deadline = time.monotonic() + 60
         while len(list(tmp_path.glob("started-*"))) < 2:
             assert time.monotonic() < deadline

@@ -14,7 +14,7 @@ from models import Vectors, through_a_file
 from torch import Tensor
 from world import World
 
-from hvd_compress import AsyncQsparseLocalSGD, Checkpoints, Compression, QsparseLocalSGD, random_state, resize
+from hvd_compress import AsyncQsparseLocalSGD, Checkpoints, Compression, Ledger, QsparseLocalSGD, random_state, resize
 from hvd_compress.membership import Change
 
 SHAPES = {"wide": (6, 10), "long": (200,)}
@@ -153,6 +153,23 @@ def test_lists_without_states_are_the_nearest_ranks() -> None:
     for rank, after in enumerate(resized(plain, 2)):
         assert after is plain[rank]
     assert resized(plain, 1)[0] is plain[Change.of(0, 1, 2).nearest]
+
+
+@pytest.mark.parametrize("has_none", [0, 1])
+def test_momentum_that_a_rank_has_none_of_is_zero(has_none: int) -> None:
+    """It has not met the parameter yet; the number of its steps is what the others say."""
+    states: list[dict[str, Any]] = []
+    for rank in range(2):
+        state = {0: {"exp_avg": torch.full((3,), 4.0), "step": torch.tensor(6.0)}, 1: {"exp_avg": torch.ones(2)}}
+        if rank == has_none:
+            del state[0]
+        average = {"ledger": Ledger().state_dict()}
+        own = {"local_steps": 0, "steps": 8, "starts": {}, "average": average}
+        states.append({"state": state, "param_groups": [{"params": [0, 1]}], "qsparse_local_sgd": own})
+    (after,) = resized(states, 1)
+    assert after["state"][0]["exp_avg"].tolist() == [2.0] * 3
+    assert after["state"][0]["step"] == 6
+    assert after["state"][1]["exp_avg"].tolist() == [1.0] * 2
 
 
 # Whole optimizers
