@@ -795,17 +795,20 @@ def test_an_interrupt_while_a_rank_compresses_loses_nothing(world: World) -> Non
     world.run(interrupted_while_it_compresses)
 
 
-def interrupted_as_it_waits() -> None:
-    """By a real Ctrl-C, while an answer waits for the other rank; both go on, in the order of the schedule."""
+def interrupted_in_an_exchange(who: int, interrupted: str) -> None:
+    """On one rank; what it has sent is not sent again, and both go on in the order of the schedule."""
     model = Vectors(SHAPES)
     with wrap(model, 2, ratio=1.0, k=None, mode="logical", total_steps=6) as optimizer:
         train(model, optimizer, 0, 3)
-        if hvd.rank() == 0:
+        if hvd.rank() != who:
+            time.sleep(1.0)
+            train(model, optimizer, 3, 4)
+        elif interrupted == "as it waits":  # by a real Ctrl-C
             with interrupted_soon():
                 train(model, optimizer, 3, 4)
         else:
-            time.sleep(1.0)
-            train(model, optimizer, 3, 4)
+            with half_set(optimizer), pytest.raises(KeyboardInterrupt):
+                train(model, optimizer, 3, 4)
         train(model, optimizer, 4, 6)
     assert_replicas_identical(list(model.parameters()))
     steps = sum(gradients(r, s)["a"] for r in range(hvd.size()) for s in range(6))
@@ -814,7 +817,7 @@ def interrupted_as_it_waits() -> None:
 
 @pytest.mark.ranks(2)
 def test_an_interrupt_while_others_are_awaited(world: World) -> None:
-    world.run(interrupted_as_it_waits)
+    world.run(interrupted_in_an_exchange, 0, "as it waits")
 
 
 def interrupted_between_two_tensors() -> None:
@@ -844,25 +847,9 @@ def test_an_interrupt_between_two_tensors(world: World) -> None:
     world.run(interrupted_between_two_tensors)
 
 
-def interrupted_as_parameters_are_set() -> None:
-    """Behind the exchange, on one rank: what it has sent is not sent again."""
-    model = Vectors(SHAPES)
-    with wrap(model, 2, ratio=1.0, k=None, mode="logical", total_steps=6) as optimizer:
-        train(model, optimizer, 0, 3)
-        if hvd.rank() == 1:
-            with half_set(optimizer), pytest.raises(KeyboardInterrupt):
-                train(model, optimizer, 3, 4)
-        else:
-            train(model, optimizer, 3, 4)
-        train(model, optimizer, 4, 6)
-    assert_replicas_identical(list(model.parameters()))
-    steps = sum(gradients(r, s)["a"] for r in range(hvd.size()) for s in range(6))
-    torch.testing.assert_close(model.get_parameter("a").detach(), -0.5 * steps / hvd.size())
-
-
 @pytest.mark.ranks(2)
 def test_an_interrupt_as_parameters_are_set_loses_nothing(world: World) -> None:
-    world.run(interrupted_as_parameters_are_set)
+    world.run(interrupted_in_an_exchange, 1, "as parameters are set")
 
 
 def resumes_with_other_servers() -> None:
