@@ -658,6 +658,7 @@ def is_asked(directory: Path, steps: int, epochs: int) -> dict[str, Any]:
     found = {"status": ended.value.code, "saved": [path.name for path in directory.glob("step-*")]}
     for restarts in (1, 0):
         os.environ["SLURM_RESTART_COUNT"] = str(restarts)
+        hvd.barrier()  # rank 0 deletes for all: not before the others have looked
         module.Resumable(directory, {}, {}, **options, afresh=True)
         found[f"left after {restarts} restarts"] = len([*directory.glob("step-*")])
     return found
