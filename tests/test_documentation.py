@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,7 +139,8 @@ def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeyp
         def batches_from(start: int) -> Iterator[torch.Tensor]:
             for step in range(start, 10):
                 if step == interrupted_after:
-                    os.kill(os.getpid(), signal.SIGUSR2)
+                    # Another thread could hear of it some steps later.
+                    signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
                 yield torch.randn(4, 3)
 
         names["train"](model, optimizer, batches_from, 10)

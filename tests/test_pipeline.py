@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -646,21 +647,29 @@ def is_asked(directory: Path, steps: int, epochs: int) -> dict[str, Any]:
     options: dict[str, Any] = {"save_every": 1000, "ask_every": 4}
 
     def loop(resumable: Any) -> int:
-        os.kill(os.getpid(), signal.SIGUSR2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)  # another thread could hear of it some steps later
         for epoch in range(1, epochs + 1):
             for step in range(1, steps + 1):
                 resumable.after_step((epoch - 1) * (steps + 1) + step, (epoch - 1) * steps + step, dict)
             resumable.after_epoch(epoch * (steps + 1), {})
         raise AssertionError("it was not asked")
 
-    with pytest.raises(SystemExit) as ended:
-        loop(module.Resumable(directory, {}, {}, **options))
-    found = {"status": ended.value.code, "saved": [path.name for path in directory.glob("step-*")]}
-    for restarts in (1, 0):
-        os.environ["SLURM_RESTART_COUNT"] = str(restarts)
-        hvd.barrier()  # rank 0 deletes for all: not before the others have looked
-        module.Resumable(directory, {}, {}, **options, afresh=True)
-        found[f"left after {restarts} restarts"] = len([*directory.glob("step-*")])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            loop(module.Resumable(directory, {}, {}, **options))
+        found = {"status": ended.value.code, "saved": [path.name for path in directory.glob("step-*")]}
+        for restarts in (1, 0):
+            os.environ["SLURM_RESTART_COUNT"] = str(restarts)
+            hvd.barrier()  # rank 0 deletes for all: not before the others have looked
+            module.Resumable(directory, {}, {}, **options, afresh=True)
+            found[f"left after {restarts} restarts"] = len([*directory.glob("step-*")])
+    finally:
+        signal.sigtimedwait([signal.SIGUSR2], 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2])
+        os.environ.pop("SLURM_RESTART_COUNT", None)
     return found
 
 
