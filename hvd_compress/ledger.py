@@ -24,7 +24,7 @@ class Traffic:
         return f"{self.sent / 1e6:.2f} MB sent, {times}{within}"
 
     def count(self, library: str, sent: int) -> None:
-        """That ``sent`` bytes were handed to ``library``: ``"mpi"`` or ``"horovod"``."""
+        """That ``sent`` bytes were handed to ``library``: ``"mpi"``, ``"horovod"``, or either within the ``"node"``."""
         setattr(self, library, getattr(self, library) + sent)
 
     def add(self, other: Traffic) -> None:

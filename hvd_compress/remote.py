@@ -230,8 +230,14 @@ class RemoteModel(Sender):
         failure = next((packet.failure for packet in packets if packet.failure is not None), None)
         if failure is not None:
             raise PeerError(failure)
+        if not anchors:
+            return
         names = list(self._shapes)
-        for packet in packets if anchors else ():
+        for rank, packet in zip(answers, packets, strict=True):  # all of them, before one changes the model
+            for id, numel in zip(packet.ids, packet.numels, strict=True):
+                if id not in self._shares[rank] or numel != anchors[names[id]].numel():
+                    raise WireError(f"from rank {rank}: {numel} elements of tensor {id}, which it does not serve so")
+        for packet in packets:
             for id, message in zip(packet.ids, packet.messages, strict=True):
                 receive(message, anchors[names[id]])
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -228,7 +229,7 @@ class ScatteredReducer(Sender):
         assert self._exchange is not None
         energy = self._energy()
         buffers, mine = [], wire.Packet(step, [], [], energy, False)
-        shares: dict[str, int] = {}
+        shares: dict[str, Counter[str]] = {"mpi": Counter(), "node": Counter()}
         if failure is None:
             try:
                 overflow = overflow_elsewhere or not all_finite([m.values.floats for m in messages.values()])
@@ -241,8 +242,9 @@ class ScatteredReducer(Sender):
                         continue
                     encoded = wire.encode(parts, ids=ids, round=step, energy=energy, overflow=overflow)
                     buffers.append(encoded.data)
+                    where = "node" if self._exchange.stays_within(owner) else "mpi"
                     for piece, share in zip(pieces, encoded.shares, strict=True):
-                        shares[piece.name] = shares.get(piece.name, 0) + share
+                        shares[where][piece.name] += share
                 self._exchange.check(buffers)
             except Exception as error:
                 failure, shares = error, {}
@@ -250,7 +252,8 @@ class ScatteredReducer(Sender):
             buffers = [wire.encode_failure(_text(failure), round=step)] * self.size
         with self._ledger.timed("exchange"):
             received = self._exchange.alltoall(buffers)
-        self._count(shares)
+        for where, some in shares.items():
+            self._count(some, where)
         if failure is not None:
             return [], failure
         try:
@@ -355,11 +358,11 @@ class ScatteredReducer(Sender):
         ranks = [rank for rank, flag in zip(self._called, flagged, strict=True) if flag]
         return [(rank, name) for rank in ranks for name in dict.fromkeys(names) or [_ELSEWHERE]]
 
-    def _count(self, shares: Mapping[str, int]) -> None:
+    def _count(self, shares: Mapping[str, int], where: str = "mpi") -> None:
         """Write bytes down as single tensors', which will be counted among the shared ones too."""
         for name, share in shares.items():
-            self._ledger.tensors[name].mpi += share
-            self._ledger.shared.mpi -= share
+            self._ledger.tensors[name].count(where, share)
+            self._ledger.shared.count(where, -share)
 
 
 def equal_parts(messages: Sequence[Message], parts: int) -> list[int]:

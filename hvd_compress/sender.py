@@ -255,14 +255,15 @@ class Sender(Member):
                     _check_sizes(first, messages, xs)
                 else:
                     messages = [*map(self._message, names, flats, xs, memories)]
+            self._pending.update((name, Pending(flat, True, True)) for name, flat in zip(names, flats, strict=True))
         except BaseException as error:
             for name in names:
+                self._pending.pop(name, None)
                 self._memory.rollback(name)
             if not isinstance(error, Exception):
                 raise
             self.let_fail(error)
             return []
-        self._pending.update((name, Pending(flat, True, True)) for name, flat in zip(names, flats, strict=True))
         return messages
 
     def _compress(self, name: str, flat: Tensor, own: Tensor) -> tuple[Pending, Message]:

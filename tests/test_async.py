@@ -34,13 +34,17 @@ from hvd_compress import (
     PeerError,
     QsparseLocalSGD,
     RankMismatchError,
+    WireError,
     random_gaps,
     sync_at,
     wire,
 )
+from hvd_compress.ledger import Ledger
 from hvd_compress.master import AsTheyCome, ByClock, Master, Shard, Topic, deal, receive
+from hvd_compress.memory import Residual
 from hvd_compress.operators import Operator, TopK
-from hvd_compress.wire import Message
+from hvd_compress.remote import RemoteModel
+from hvd_compress.wire import Message, encode
 
 ROOT = Path(__file__).parent.parent
 
@@ -1046,3 +1050,23 @@ def runs_the_benchmark() -> None:
 def test_the_straggler_benchmark_runs(world: World) -> None:
     """The figures are the machine's; what must be so is that synchronous ranks have one speed and others not."""
     world.run(runs_the_benchmark)
+
+
+@pytest.mark.parametrize(
+    ("ids", "numels"),
+    [([0], [1]), ([0], [5]), ([1], [6]), ([7], [6]), ([0, 1], [4, 6])],
+    ids=["one element", "one more", "another server's", "unknown", "a second one"],
+)
+def test_an_answer_about_something_else_changes_nothing(ids: list[int], numels: list[int]) -> None:
+    """What a server may say of is what it serves."""
+    answer = encode([Message.dense(torch.ones(n)) for n in numels], ids=ids).data
+    right = encode([Message.dense(torch.ones(6))], ids=[1]).data
+    shapes = {"a": torch.Size([4]), "b": torch.Size([2, 3])}
+    sending: dict[str, Any] = {"operator": TopK(k=1), "memory": Residual(), "dense_below": 0, "seed": 0}
+    remote = RemoteModel(shapes, ledger=Ledger(), **sending)
+    remote._shares = {0: [1], 1: [0]}
+    remote._service = mock.Mock(ask=lambda *_: {0: right, 1: answer})
+    anchors = {"a": torch.zeros(4), "b": torch.zeros(2, 3)}
+    with pytest.raises(WireError, match="from rank 1"):
+        remote._ask(Topic.UPDATE, {}, anchors)
+    assert not any(anchor.any() for anchor in anchors.values())

@@ -272,6 +272,27 @@ def test_compressors_that_meet_in_another_order(world: World) -> None:
     assert "tensor discriminator" in first
 
 
+def expect_others(ranks: dict[int, list[int]]) -> str:
+    from mpi4py import MPI
+
+    from hvd_compress.exchange import rendezvous
+
+    if hvd.rank() not in ranks:
+        return ""
+    with pytest.raises(RankMismatchError) as caught:
+        rendezvous(MPI.COMM_WORLD, ranks[hvd.rank()], "the same", 3.0)
+    return str(caught.value)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("theirs", [[0, 1], [0, 1, 2, 3], [0, 1, 3]])
+def test_ranks_that_expect_others(world: World, theirs: list[int]) -> None:
+    """Process sets of another number of ranks, and of as many."""
+    texts = world.run(expect_others, {0: [0, 1, 2], 1: theirs, 2: [0, 1, 2]})
+    assert texts[0] == texts[1] == texts[2]
+    assert "rank 0 and rank 1 do not agree. Rank 0 has: ranks 0 to 2. Rank 1 has: ranks 0" in texts[0]
+
+
 def absent(who: int) -> str:
     model = Vectors({"w": (30,)})
     inner = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -887,6 +887,33 @@ def test_the_ledger_is_what_mpi_was_given(world: World) -> None:
     assert all(mpi < 3 * (90 * 5.5 + 100) + 200 for mpi, _ in counts)
 
 
+def parts_for_neighbours() -> tuple[int, int]:
+    """Bytes that one rank sends to the other one of its node, and what the ledger says of them."""
+    from hvd_compress.exchange import Scatter
+
+    near = booked = 0
+    plain = Scatter.alltoall
+
+    def watched(self: Any, buffers: list[Any]) -> list[Any]:
+        nonlocal near, booked
+        near += sum(b.nbytes for r, b in enumerate(buffers) if r != hvd.rank() and EVEN[r] == EVEN[hvd.rank()])
+        booked -= self.within
+        received = plain(self, buffers)
+        booked += self.within
+        return received
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Scatter, "alltoall", watched)
+        _, node = ledger_tells_the_truth({"exchange": "reduce_scatter", "nodes": EVEN})
+    assert near == booked <= node
+    return near, node
+
+
+@pytest.mark.ranks(4)
+def test_parts_for_a_rank_of_the_same_node_do_not_leave_it(world: World) -> None:
+    assert all(near > 0 for near, _ in world.run(parts_for_neighbours))
+
+
 # Choosing
 
 

@@ -36,6 +36,8 @@ from hvd_compress.wire import (
     Floats,
     Fused,
     Message,
+    Range,
+    Subset,
     Symmetric,
     SymmetricRuns,
     add_up,
@@ -457,6 +459,21 @@ def test_a_bucket_is_as_large_as_its_values(little_memory: None) -> None:
     assert Message.from_bytes(Message((3,), None, values).to_bytes()).decode().tolist() == [-3.0, 0.0, 3.0]
     few = Message.from_bytes(Message.sparse((1 << 40,), torch.tensor([5]), torch.ones(1)).to_bytes())
     assert (few.numel, few.values.decode().tolist()) == (1 << 40, [1.0])
+
+
+def test_a_random_subset_of_a_huge_tensor_takes_no_more_than_its_values(little_memory: None) -> None:
+    levels = torch.zeros(2_500_000, dtype=torch.uint8)  # of one bit each: 312 kB
+    values = Range(levels, torch.tensor([-1.0, 1.0]), s=1)
+    packet = encode([Message((10_000_000_000,), torch.empty(0), values, Subset(1))])
+    (message,) = decode(packet.data).messages
+    assert message.indices is not None
+    assert len(message.indices) == len(levels)
+    assert (message.indices[1:] > message.indices[:-1]).all()
+    assert message.indices[-1] < message.numel
+
+
+def test_any_text_of_an_error_arrives() -> None:
+    assert decode(encode_failure("no file \udcff.png: é")).failure == "no file \\udcff.png: é"
 
 
 def test_a_likely_table_changes_nothing() -> None:

@@ -44,10 +44,12 @@ class Exchange:
         self.size: int = communicator.Get_size()
         found, sent = topology(communicator, nodes)
         self.nodes = len(found.nodes)
+        node, _ = found.place(self.rank)
+        self._neighbours = np.array([r != self.rank and r in found.nodes[node] for r in range(self.size)])
         self._relays = _Relays(communicator, found) if 1 < len(found.nodes) < self.size else None
         # State
         self.sent = sent  # bytes of all send buffers handed to MPI so far, counted by the rank that they come from
-        self.within = 0  # bytes of those that were handed on within the node
+        self.within = 0  # bytes that were handed on within the node, besides those
         self._forecasts: dict[int, _Forecast] = {}  # by place; the same on all ranks
 
     def allgatherv(self, buffer: Bytes, place: int = 0) -> list[Bytes]:

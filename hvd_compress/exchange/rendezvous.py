@@ -14,7 +14,7 @@ from ..errors import PeerError, RankMismatchError
 from .communicator import be_told_of_the_end, mpi
 
 _TAG = 0x6876  # "hv": keeps clear of a program's own point-to-point messages
-_SAME, _OTHER, _ABSENT = 0, 1, 2
+_SAME, _OTHER, _ABSENT, _NOT_EXPECTED = range(4)  # what the first rank finds of each
 _POLL_SECONDS = 0.001
 _WARN_SECONDS = 60.0
 
@@ -27,7 +27,7 @@ def rendezvous(
     """Wait until all ``ranks`` are here with the same ``statement``. Collective over ``ranks``.
 
     The first of them collects digests by point-to-point messages, so that a rank that never comes is named rather
-    than waited for.
+    than waited for. Which ranks they are is a part of what they compare: until then, some may expect others.
 
     Args:
         communicator: that contains the ranks.
@@ -44,8 +44,9 @@ def rendezvous(
         PeerError: a rank's program has ended instead.
     """
     be_told_of_the_end()
+    statement = f"ranks {_listed(ranks)}\n{statement}"
     digest = np.frombuffer(hashlib.sha256(statement.encode()).digest(), np.uint8).copy()
-    verdict = np.zeros(len(ranks), np.uint8)
+    verdict = np.full(communicator.Get_size(), _NOT_EXPECTED, np.uint8)
     if communicator.Get_rank() == ranks[0]:
         sent = _collect(communicator, ranks, digest, verdict, timeout)
     else:
@@ -57,15 +58,14 @@ def rendezvous(
             answer.Cancel()
             raise RankMismatchError(_absence([ranks[0]], timeout))
         outgoing.Wait()
-    absent = [rank for rank, mark in zip(ranks, verdict, strict=True) if mark == _ABSENT]
+    absent, differing = (np.flatnonzero(verdict == mark).tolist() for mark in (_ABSENT, _OTHER))
     if absent:
         raise RankMismatchError(_absence(absent, timeout))
-    private = communicator.Create_group(communicator.Get_group().Incl(ranks))
-    differing = np.flatnonzero(verdict == _OTHER).tolist()
     if differing:
-        first, second = (_broadcast(private, statement, root) for root in (0, differing[0]))
-        raise RankMismatchError.between(ranks[0], first, [ranks[place] for place in differing], second)
-    return private, sent
+        here = np.flatnonzero(verdict <= _OTHER).tolist()
+        first, second = _statements(communicator, here, differing[0], statement)
+        raise RankMismatchError.between(here[0], first, differing, second)
+    return communicator.Create_group(communicator.Get_group().Incl(ranks)), sent
 
 
 def _collect(
@@ -75,13 +75,14 @@ def _collect(
     digests = np.zeros((len(ranks), digest.nbytes), np.uint8)
     requests = [communicator.Irecv(row, source=r, tag=_TAG) for r, row in zip(ranks[1:], digests[1:], strict=True)]
     _wait(requests, timeout)
-    for place, request in enumerate(requests, start=1):
-        if not request.Test():
+    verdict[ranks[0]] = _SAME
+    for rank, request, row in zip(ranks[1:], requests, digests[1:], strict=True):
+        if request.Test():
+            verdict[rank] = _SAME if np.array_equal(row, digest) else _OTHER
+        else:
             request.Cancel()
-            verdict[place] = _ABSENT
-        elif not np.array_equal(digests[place], digest):
-            verdict[place] = _OTHER
-    present = [rank for rank, mark in zip(ranks, verdict, strict=True) if mark != _ABSENT][1:]
+            verdict[rank] = _ABSENT
+    present = [rank for rank in ranks[1:] if verdict[rank] != _ABSENT]
     MPI.Request.Waitall([communicator.Isend(verdict, dest=rank, tag=_TAG) for rank in present])
     return verdict.nbytes * len(present)
 
@@ -115,11 +116,17 @@ def _absence(absent: list[int], timeout: float) -> str:
     )
 
 
-def _broadcast(communicator: MPI.Intracomm, text: str, root: int) -> str:
-    data = np.frombuffer(text.encode(), np.uint8).copy()
-    length = np.array([len(data)], np.int64)
-    communicator.Bcast(length, root)
-    if communicator.Get_rank() != root:
-        data = np.empty(int(length[0]), np.uint8)
-    communicator.Bcast(data, root)
-    return data.tobytes().decode()
+def _statements(communicator: MPI.Intracomm, here: Sequence[int], differing: int, statement: str) -> tuple[str, str]:
+    """What the first rank ``here`` has stated, and what ``differing`` has; ``statement`` is this rank's."""
+    if communicator.Get_rank() == here[0]:
+        both = statement, communicator.recv(source=differing, tag=_TAG)
+        MPI.Request.Waitall([communicator.isend(both, dest=rank, tag=_TAG) for rank in here[1:]])
+        return both
+    if communicator.Get_rank() == differing:
+        communicator.send(statement, dest=here[0], tag=_TAG)
+    return communicator.recv(source=here[0], tag=_TAG)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    is_whole = len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"{ranks[0]} to {ranks[-1]}" if is_whole else ", ".join(map(str, ranks))

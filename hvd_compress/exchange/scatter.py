@@ -27,6 +27,13 @@ class Scatter(Exchange):
             if buffer.nbytes > LIMIT:
                 raise OverflowError(f"the message to rank {rank} has {buffer.nbytes} bytes, MPI carries {LIMIT}")
 
+    def stays_within(self, rank: int) -> bool:
+        """Whether what :meth:`alltoall` brings to ``rank`` stays within this rank's node, and is counted so.
+
+        Where all ranks are on one node, their messages count as on a network of several: nothing is spared.
+        """
+        return self.nodes > 1 and bool(self._neighbours[rank])
+
     def alltoall(self, buffers: Sequence[Bytes]) -> list[Bytes]:
         """What each rank has for this one, in rank order, given what this one has for each. Collective.
 
@@ -41,5 +48,7 @@ class Scatter(Exchange):
         requests = [self._communicator.Irecv([received[r], MPI.BYTE], source=r) for r in reversed(others)]
         requests += [self._communicator.Isend([buffers[r], MPI.BYTE], dest=r) for r in others]
         MPI.Request.Waitall(requests)
-        self.sent += lengths.nbytes + int(lengths.sum() - lengths[self.rank])
+        within = sum(int(lengths[rank]) for rank in others if self.stays_within(rank))
+        self.within += within
+        self.sent += lengths.nbytes + int(lengths.sum() - lengths[self.rank]) - within
         return received

@@ -289,7 +289,7 @@ def _read(text: bytes) -> dict[str, Any] | None:
             "stuck": float(what["stuck"]),
             "stack": str(what["stack"]),
         }
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return None
 
 

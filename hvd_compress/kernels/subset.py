@@ -6,7 +6,7 @@ from torch import Tensor
 from . import native
 from .draws import uniform_by_torch
 
-_SPARSEST = 4096  # elements for each that is chosen
+_SPARSEST = 128  # elements for each that is chosen, which then takes 16 bytes: a peer may make such numbers up
 
 
 def random_subset(numel: int, count: int, seed: int) -> Tensor:

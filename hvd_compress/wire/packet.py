@@ -134,7 +134,8 @@ def encode(
 
 def encode_failure(text: str, *, round: int = 0) -> Bytes:
     """A packet that carries an error in place of messages, so that no other rank waits in vain."""
-    data = np.frombuffer(bytearray(HEADER_BYTES) + text.encode(), np.uint8)
+    # A file's name may hold bytes that are not UTF-8.
+    data = np.frombuffer(bytearray(HEADER_BYTES) + text.encode(errors="backslashreplace"), np.uint8)
     _seal(data, _FAILURE, 0, round, 0.0)
     return data
 
