@@ -23,9 +23,9 @@ class Traffic:
         within = f", and {self.node / 1e6:.2f} MB more within the node" if self.node else ""
         return f"{self.sent / 1e6:.2f} MB sent, {times}{within}"
 
-    def count(self, library: str, sent: int) -> None:
-        """That ``sent`` bytes were handed to ``library``: ``"mpi"``, ``"horovod"``, or either within the ``"node"``."""
-        setattr(self, library, getattr(self, library) + sent)
+    def count(self, where: str, sent: int) -> None:
+        """That ``sent`` bytes were handed to ``"mpi"``, to ``"horovod"``, or to either within the ``"node"``."""
+        setattr(self, where, getattr(self, where) + sent)
 
     def add(self, other: Traffic) -> None:
         """Count what ``other`` has counted."""

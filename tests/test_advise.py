@@ -11,6 +11,7 @@ from rich.console import Console
 from hvd_compress.advise import Candidate, Measurements, advise
 from hvd_compress.advise.command import conclusion, explain, maker
 from hvd_compress.advise.predict import spans, step_seconds
+from hvd_compress.cli import main
 
 FP32 = Candidate("Horovod, fp32", "none", 100, 0.0, 0.0, 10.5, dense=True)
 FP16 = Candidate("Horovod, fp16", "fp16", 50, 1.0, 0.0, 5.5, dense=True)
@@ -122,3 +123,20 @@ def test_unknown_models() -> None:
     assert callable(maker("torch.nn:Identity"))
     with pytest.raises(AttributeError):
         maker("torch.nn:Nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--json", "nowhere/found.json"], "no file can be written there"),
+        (["--json", "."], "no file can be written there"),
+        (["--model", "torch.nn:Linear"], "missing 2 required positional arguments"),
+    ],
+)
+def test_mistakes_come_before_the_measurement(
+    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["advise", "--model", "squeezenet1_1", "--step-seconds", "0.05", *arguments])
+    assert ended.value.code == 2
+    assert expected in capsys.readouterr().err

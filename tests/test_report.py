@@ -201,6 +201,17 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             assert min(picture.size) > 300
 
 
+def test_many_runs_are_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"topk, k={10 * n}, with a name that says it all" for n in range(1, 12)]
+    for n, name in enumerate(names):
+        write(tmp_path / str(n), [{**record, "run": name} for record in COMPRESSED])
+    main(["report", *(str(tmp_path / str(n)) for n in range(len(names))), "--output", str(tmp_path / "report")])
+    said = capsys.readouterr().out
+    assert "…" not in said
+    assert all(len(line) <= 80 for line in said.splitlines() if "│" in line)
+    assert said.count("70.00%") == len(names)  # the highest accuracy of each
+
+
 def test_runs_that_have_nothing_yet_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``runs/*`` has such as well: one before its first epoch, and what is no run."""
     write(tmp_path / "run", COMPRESSED)

@@ -81,16 +81,22 @@ def _advise(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         make = maker(options.model)
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in make().named_parameters()}
-    except (ValueError, ImportError, AttributeError) as error:
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
         parser.error(f"--model {options.model}: {error}")
+    if options.json is not None and not _can_be_written(options.json):
+        parser.error(f"--json {options.json}: no file can be written there")
     if not any(name in os.environ for name in INSIDE_A_JOB):
         sys.exit(_start(options))
     found = _measure(options, parser, make, shapes)
     if found is None:
         return
+    explain(found, Console(force_terminal=False, width=110))
     if options.json is not None:
         options.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
-    explain(found, Console(force_terminal=False, width=110))
+
+
+def _can_be_written(file: Path) -> bool:
+    return file.parent.is_dir() and os.access(file if file.exists() else file.parent, os.W_OK) and not file.is_dir()
 
 
 def maker(name: str) -> Callable[[], torch.nn.Module]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from .page import cells, headings, verdict, write_page
 from .runs import NotYetError, Run, RunError, default_target, find, label, read, summarise
@@ -55,6 +55,7 @@ def add_report(commands: Commands) -> None:
 
 
 PLAIN = "plain Horovod, fp32"
+_NAMES_WIDTH = 16  # of the column that says what the others have
 
 
 def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -69,16 +70,24 @@ def _report(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         parser.error(str(error))
     except ImportError as error:
         parser.error(f"{error}: pip install 'hvd-compress[train]' has what the report needs")
-    # On end, since a dozen columns are wider than most terminals.
-    names = headings(target, baseline)
-    columns = [cells(summary, baseline is not None) for summary in summaries]
-    table = Table("", *(column[0] for column in columns), show_lines=False)
-    for place, name in enumerate(names[1:], start=1):
-        table.add_row(name, *(column[place] for column in columns))
     console = Console()
-    console.print(table)
+    columns = [cells(summary, baseline is not None) for summary in summaries]
+    for table in _tables(headings(target, baseline), columns, console.width):
+        console.print(table)
     console.print(verdict(summaries, target, baseline), highlight=False)
     console.print(f"Page: {page}", highlight=False, soft_wrap=True)
+
+
+def _tables(names: Sequence[str], columns: Sequence[Sequence[str]], width: int) -> Iterator[Table]:
+    """A column for each run, since a dozen rows are wider than most terminals; so many that no word is cut."""
+    longest = max(len(word) for column in columns for cell in column for word in cell.split())
+    count = max(1, (width - _NAMES_WIDTH - 4) // (longest + 3))  # with the lines between them
+    for start in range(0, len(columns), count):
+        some = columns[start : start + count]
+        table = Table(Column("", width=_NAMES_WIDTH), *(Column(column[0], overflow="fold") for column in some))
+        for place, name in enumerate(names[1:], start=1):
+            table.add_row(name, *(column[place] for column in some))
+        yield table
 
 
 def _read_all(paths: Sequence[Path]) -> list[Run]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 MARKERS = "osD^vP"
 X = {"megabytes": "Megabytes sent per rank", "minutes": "Minutes", "epoch": "Epoch"}
 Y = {"accuracy": "Validation accuracy (%)", "loss": "Validation loss"}
+_FEW = 5  # runs whose names and last numbers find room among the curves
 SHADES = {"input": "#b8b8b8", "compute": "#4c78a8", "compress": "#f58518", "exchange": "#e45756"}
 
 
@@ -27,6 +28,7 @@ def draw(runs: Sequence[Run] | Mapping[str, Run], x: str, y: str, path: Path) ->
         path: of the PNG.
     """
     labelled = runs if isinstance(runs, Mapping) else label(runs)
+    are_many = len(labelled) > _FEW
 
     def curves(axes: Axes) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -38,7 +40,7 @@ def draw(runs: Sequence[Run] | Mapping[str, Run], x: str, y: str, path: Path) ->
             xs, ys = zip(*shown, strict=True) if shown else ((), ())
             marker = MARKERS[number % len(MARKERS)]
             (line,) = axes.plot(xs, ys, marker=marker, markersize=4, label=name, color=f"C{number % 10}")
-            if y == "accuracy" and shown:
+            if y == "accuracy" and shown and not are_many:
                 text = f"{ys[-1]:.1f} %"
                 axes.annotate(text, shown[-1], (5, 3), textcoords="offset points", color=line.get_color())
         if x == "megabytes":
@@ -52,7 +54,10 @@ def draw(runs: Sequence[Run] | Mapping[str, Run], x: str, y: str, path: Path) ->
         axes.set_ylabel(Y[y])
         axes.margins(x=0.1)
         axes.grid(which="major", alpha=0.3)
-        axes.legend(frameon=False)
+        if are_many:
+            axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+        else:
+            axes.legend(frameon=False)
 
     _picture(path, curves)
 
