@@ -275,9 +275,7 @@ class QsparseLocalSGD(Wrapped):
         except BaseException as error:
             self._lr = lr
             if forgotten is not None and not self._average.is_spoilt:
-                sent = self.ledger.state_dict()
-                self._average.load_state_dict(forgotten)
-                self.ledger.load_state_dict(sent)
+                self._average.load_state_dict(_with_memories(self._average.state_dict(), forgotten))
             if isinstance(error, NonFiniteError):
                 self._local_steps, self._is_stale = 0, True
                 self._settle()
@@ -316,7 +314,10 @@ class QsparseLocalSGD(Wrapped):
         return None if residual is None else (self._look_ahead * residual).view_as(self._anchors[name])
 
     def _forget_if_due(self) -> dict[str, Any] | None:
-        """Returns the average's state with the memory that was forgotten, in case that the exchange fails."""
+        """Returns the average's state with the memory that was forgotten, in case that the exchange fails.
+
+        Only that is put back then: the ranks may differ in what they forget, and count exchanges alike.
+        """
         forgotten = None
         lr = max(float(group.get("lr", 0.0)) for group in self.param_groups)
         is_due = self._forget_at_drop is not None and self._lr is not None and lr <= self._forget_at_drop * self._lr
@@ -382,3 +383,14 @@ def check_period(steps: object) -> None:
             "sync_every must be a number of steps ≥ 1, or a function of the step, as sync_at([4, 8]) makes one of a "
             f"list; got {steps!r}"
         )
+
+
+def _with_memories(state: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of an average with the memory of an earlier one; some exchanges wrap the state of another."""
+    mixed = dict(state)
+    for key in mixed.keys() & before.keys() & {"memory"}:
+        mixed[key] = before[key]
+    for key in mixed.keys() & before.keys() & {"inner", "chosen"}:
+        if mixed[key] is not None and before[key] is not None:
+            mixed[key] = _with_memories(mixed[key], before[key])
+    return mixed

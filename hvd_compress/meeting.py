@@ -106,10 +106,16 @@ def statement(
             f"memory {memory!r}",
             f"dense_below={dense_below}",
             f"seed={seed}",
+            *_alike(memory),
             *expects,
             *tensors_of(shapes),
         ]
     )
+
+
+def _alike(memory: Memory) -> list[str]:
+    """What a sum depends on that each rank computes for itself, where all have to come to the same bits."""
+    return [f"{torch.get_num_threads()} thread(s) in torch (OMP_NUM_THREADS)"] if memory.operators else []
 
 
 def tensors_of(shapes: Mapping[str, torch.Size]) -> list[str]:

@@ -124,7 +124,7 @@ class Sender(Member):
             raise self._spoilt
         if self._pending or self._waiting or self._failure is not None:
             raise RuntimeError("the state cannot be taken between backward() and step(): take it after step()")
-        rank, size = self._place or (None, None)
+        rank, size = self._place or self._saved_as or (None, None)
         return {
             "format": _STATE_FORMAT,
             "round": self._round,

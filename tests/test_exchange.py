@@ -251,6 +251,32 @@ def test_models_and_settings_that_differ(world: World, kind: str, texts: list[st
     assert all(text in messages[0] for text in texts)
 
 
+def unequal_threads(name: str) -> str:
+    """A sum of many elements depends on the number of threads, and each rank sums what all have sent."""
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1 + hvd.rank())
+    try:
+        model = Vectors({"w": (30,)})
+        settings = {"named_parameters": model.named_parameters(), "dense_below": 0}
+        optimizer = wrap(model, getattr(Compression, name)(**settings, **({"k": 3} if name == "topk" else {})))
+        loss = model({"w": torch.ones(30)})
+        try:
+            loss.backward()
+        except RankMismatchError as error:
+            return str(error)
+        optimizer.synchronize()
+        return ""
+    finally:
+        torch.set_num_threads(kept)
+
+
+@pytest.mark.ranks(2)
+def test_ranks_with_another_number_of_threads(world: World) -> None:
+    """Where each computes the sum for itself, they must not; elsewhere they may."""
+    assert all("1 thread(s) in torch (OMP_NUM_THREADS)" in text for text in world.run(unequal_threads, "cd_adam"))
+    assert world.run(unequal_threads, "topk") == ["", ""]
+
+
 def meet_in_another_order() -> str:
     models = [Vectors({name: (30,)}) for name in ("generator", "discriminator")]
     optimizers = [
@@ -262,6 +288,13 @@ def meet_in_another_order() -> str:
         models[hvd.rank()]({name: torch.ones_like(first)}).backward()
     del optimizers
     return str(caught.value)
+
+
+def test_a_state_that_is_saved_again_tells_whose_it_is() -> None:
+    compression = Compression.topk(k=3, named_parameters=Vectors({"w": (30,)}).named_parameters())
+    state = {**compression.state_dict(), "rank": 3, "size": 8}
+    compression.load_state_dict(state)
+    assert compression.state_dict() == state
 
 
 @pytest.mark.ranks(2)

@@ -1255,6 +1255,30 @@ def divergence_at_a_drop(exchange: str) -> None:
         assert torch.allclose(anchors[name] - p, whole, atol=1e-6)
 
 
+def divergence_at_a_drop_of_one_rank() -> None:
+    """Learning rates of their own, as ReduceLROnPlateau makes them of each rank's loss."""
+    model = Vectors(SHAPES)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = QsparseLocalSGD(
+        sgd,
+        named_parameters=model.named_parameters(),
+        compression=Compression.topk(k=5, dense_below=0),
+        forget_at_drop=0.5,
+    )
+    train(model, optimizer, 0, 3)
+    sgd.param_groups[0]["lr"] = 0.5 if hvd.rank() else 0.1
+    model({name: torch.full_like(g, math.inf) for name, g in gradients(hvd.rank(), 3).items()}).backward()
+    with pytest.raises(NonFiniteError):
+        optimizer.step()
+    train(model, optimizer, 4, 6)
+    assert_replicas_identical(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_ranks_go_on_when_one_was_to_forget(world: World) -> None:
+    world.run(divergence_at_a_drop_of_one_rank)
+
+
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("exchange", ["allgather", "hierarchical"])
 def test_a_rank_that_diverges_at_a_drop_spoils_nothing_either(world: World, exchange: str) -> None:

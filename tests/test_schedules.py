@@ -385,3 +385,9 @@ def test_warm_up_by_the_paper() -> None:
     for wrong in ({"ratio": 0.0}, {"exchanges": -1}, {"first": 2.0}, {"factor": 1.0}):
         with pytest.raises(ValueError, match="must be"):
             WarmUp(**{"ratio": 0.1, "exchanges": 5, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [{"at_least": 1.5}, {"at_least": True}, {"at_most": 2.5}, {"at_least": None}])
+def test_limits_of_a_threshold_are_numbers_of_elements(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="must be a number of elements"):
+        Threshold(1.0, **wrong)

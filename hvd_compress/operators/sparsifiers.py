@@ -77,7 +77,7 @@ class Threshold(Operator):
 
     Raises:
         ValueError: an argument is out of its range.
-        TypeError: ``threshold`` is no number.
+        TypeError: ``threshold`` is no number, or the others are no integers.
     """
 
     draws = False
@@ -90,6 +90,9 @@ class Threshold(Operator):
         check_numbers(threshold=self.threshold)
         if not 0 < self.threshold < math.inf:
             raise ValueError(f"threshold must be a positive number, got {self.threshold!r}")
+        for name, count in (("at_least", self.at_least), ("at_most", self.at_most)):
+            if isinstance(count, bool) or not (isinstance(count, int) or (count is None and name == "at_most")):
+                raise TypeError(f"{name} must be a number of elements, got {count!r}")
         if self.at_least < 0 or (self.at_most is not None and self.at_most < self.at_least):
             raise ValueError(f"0 ≤ at_least ≤ at_most must hold, got {self.at_least!r} and {self.at_most!r}")
 
