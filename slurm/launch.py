@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def make_job(profile: Profile, script: Sequence[str], *, local: bool = False) ->
     python = profile.python or sys.executable
     rank = [*profile.container, python, "-u", str(RANK), str(profile.ranks), *script]
     if local:
-        rank = [sys.executable, str(BOOTSTRAP), "--mpirun", str(profile.ranks), *rank]
+        rank = [*_local_environment(profile), sys.executable, str(BOOTSTRAP), "--mpirun", str(profile.ranks), *rank]
     elif profile.launcher == "mpirun":
         rank = ["mpirun", "-np", str(profile.ranks), *profile.mpirun, *rank]
         return Job(tuple(rank), profile.max_requeues, stop_after=60 * profile.minutes - profile.signal_seconds)
@@ -110,6 +111,16 @@ def local_executor(profile: Profile, folder: Path) -> submitit.LocalExecutor:
     executor = submitit.LocalExecutor(folder, max_num_timeout=profile.max_requeues)
     executor.update_parameters(timeout_min=profile.minutes, signal_delay_s=profile.signal_seconds, tasks_per_node=1)
     return executor
+
+
+def _local_environment(profile: Profile) -> list[str]:
+    """What gives the ranks the profile's variables, and the GPUs that this process sees.
+
+    submitit's local executor sets CUDA_VISIBLE_DEVICES, which hides all GPUs or takes the place of the user's choice.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    restored = ["-u", "CUDA_VISIBLE_DEVICES"] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
+    return ["env", *restored, *(f"{name}={value}" for name, value in profile.environment.items())]
 
 
 def _setup(profile: Profile) -> list[str]:

@@ -292,6 +292,24 @@ class TestCommandLine:
         assert ended.returncode == 1
         assert "ValueError: as told" in ended.stderr
 
+    @pytest.mark.parametrize("chosen", [None, "2,3"])
+    def test_local_sees_the_gpus_and_variables_that_it_was_given(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+    ) -> None:
+        """submitit would hide them all: training went on without, on the processor."""
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if chosen is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        script = tmp_path / "variables.py"
+        script.write_text(
+            "import os\nfrom mpi4py import MPI\n"
+            "print('sees', os.environ.get('CUDA_VISIBLE_DEVICES'), 'and', os.environ['OWN'], MPI.COMM_WORLD.size)\n"
+        )
+        options = ["--cluster", "local", "--set=environment={OWN: a b}", "--folder", str(tmp_path / "logs")]
+        ended = submit(*options, "--", str(script))
+        assert ended.returncode == 0, ended.stderr
+        assert f"sees {chosen} and a b 1" in ended.stdout.splitlines()
+
     def test_local_goes_on_after_a_checkpoint(self, tmp_path: Path) -> None:
         script = tmp_path / "twice.py"
         script.write_text(
