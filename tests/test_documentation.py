@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import signal
 import threading
@@ -123,13 +124,13 @@ def test_names_in_the_readme_exist() -> None:
 
 
 def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted, and called again: as if it had not been."""
+    """Interrupted, at its last step too, and called again: as if it had not been."""
     (block,) = blocks("docs/slurm.md", "python")
     names: dict[str, Any] = {}
     exec(block.text, names)
     hvd.init()
 
-    def run(directory: str, interrupted_after: int | None) -> torch.Tensor:
+    def run(directory: str, interrupted_after: int | None, seen: list[int] | None = None) -> torch.Tensor:
         (tmp_path / directory).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / directory)
         torch.manual_seed(0)
@@ -137,7 +138,10 @@ def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeyp
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
         def batches_from(start: int) -> Iterator[torch.Tensor]:
-            for step in range(start, 10):
+            for step in itertools.count(start):  # as of a loader that begins again after its last batch
+                assert step < 10, "trained past its end"
+                if seen is not None:
+                    seen.append(step)
                 if step == interrupted_after:
                     # Another thread could hear of it some steps later.
                     signal.pthread_kill(threading.get_ident(), signal.SIGUSR2)
@@ -149,12 +153,15 @@ def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeyp
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
     try:
         expected = run("at-once", None)
-        with pytest.raises(SystemExit) as ended:
-            run("twice", 6)
-        assert ended.value.code == 75
-        while signal.sigpending():
-            signal.sigtimedwait([signal.SIGUSR2], 0)
-        assert torch.equal(run("twice", None), expected)
+        for directory, number in (("twice", 6), ("at-the-end", 9)):
+            with pytest.raises(SystemExit) as ended:
+                run(directory, number)
+            assert ended.value.code == 75
+            while signal.sigpending():
+                signal.sigtimedwait([signal.SIGUSR2], 0)
+            batches: list[int] = []
+            assert torch.equal(run(directory, None, batches), expected)
+            assert batches == list(range(number + 1, 10))
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
