@@ -307,6 +307,8 @@ def main() -> None:
         if not (options.mpirun and options.mpirun[0].isdigit()):
             parser.error("--mpirun needs the number of ranks")
         ranks, *command = options.mpirun
+        if shutil.which(mpi.mpirun) is None:
+            raise BuildError(f"There is no mpirun here ({mpi.mpirun}).", "Set the project up first: make env")
         launch = [*mpi.launcher(int(ranks)), *command]
         if not command:
             print(shlex.join(launch))

@@ -120,11 +120,11 @@ def _local_environment(profile: Profile) -> list[str]:
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     restored = ["-u", "CUDA_VISIBLE_DEVICES"] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
-    return ["env", *restored, *(f"{name}={value}" for name, value in profile.environment.items())]
+    return ["env", *restored, *(f"{name}={value}" for name, value in profile.variables.items())]
 
 
 def _setup(profile: Profile) -> list[str]:
-    environment = dict(profile.environment)
+    environment = profile.variables
     if profile.cpus_per_task is not None:
         environment.setdefault("OMP_NUM_THREADS", str(profile.cpus_per_task))
     return [

@@ -68,6 +68,11 @@ class Profile:
         """The time limit, rounded up."""
         return parse_time(self.time)
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Of the environment, but for those that a later source took back by giving nothing."""
+        return {name: value for name, value in self.environment.items() if value is not None}
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Profile)
         for setting in dataclasses.fields(self):
@@ -89,6 +94,7 @@ class Profile:
                 f"gpu_binding=task needs as many ranks as GPUs on each node, not {self.tasks_per_node} and "
                 f"{self.gpus_per_node}"
             )
+        _check_names(self.sbatch, self.environment)
         own = {"nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "signal", "partition", "account"}
         instead = {"no-requeue": "requeue: false", "job-name": "--name on the command line"}
         for name in self.sbatch:
@@ -197,6 +203,28 @@ def _check(name: str, value: Any, hint: Any) -> None:
     wanted = " or ".join(_describe(option) for option in options)
     hint_time = " (in YAML, write it in quotes)" if name == "time" else ""
     raise ProfileError(f"{name} must be {wanted}, got {value!r}{hint_time}")
+
+
+def _check_names(sbatch: Mapping[Any, Any], environment: Mapping[Any, Any]) -> None:
+    """YAML takes qos:long, without a space, for a name without a value, and 1:00:00 for a number of seconds."""
+    for name, value in sbatch.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]*", name):
+            raise ProfileError(f"sbatch: {name!r} is no option's name; in 'name: value', a space follows the colon")
+        if isinstance(value, (list, dict)):
+            raise ProfileError(f"sbatch: {name} must be one value, got {value!r}; several are one text, 'a,b'")
+        if (
+            name.replace("_", "-") in ("time-min", "deadline", "begin")
+            and value is not None
+            and type(value) is not str
+        ):
+            raise ProfileError(f"sbatch: {name} must be a text, got {value!r} (in YAML, write it in quotes)")
+    for name, value in environment.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ProfileError(
+                f"environment: {name!r} is no variable's name; in 'name: value', a space follows the colon"
+            )
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (str, int, float))):
+            raise ProfileError(f"environment: {name} must be a text, got {value!r}: put it in quotes")
 
 
 def _describe(option: Any) -> str:

@@ -41,6 +41,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from submitit.core.utils import FailedJobError
 
 COMMANDS = ("submit", "sweep", "status", "logs", "cancel", "collect")
+SLURM = ("sbatch", "squeue", "sacct", "scancel")
 SETTINGS = {setting.name for setting in dataclasses.fields(Profile)}
 
 
@@ -60,8 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FailedJobError as error:  # submitit's, when sbatch refuses
         said = re.findall(r"sbatch: error: (.*)", str(error)) or [str(error)]
         fail(f"sbatch refused the job: {'; '.join(said)}")
-    except FileNotFoundError as error:
-        fail(f"there is no {error.filename} here: is this a login node of a Slurm cluster?")
+    except OSError as error:
+        if getattr(args, "cluster", None) == "debug":
+            raise  # the script's own, which a debugger is to see
+        if isinstance(error, FileNotFoundError) and error.filename in SLURM:
+            fail(f"there is no {error.filename} here: is this a login node of a Slurm cluster?")
+        fail(str(error))
 
 
 def do_submit(args: argparse.Namespace, script: list[str]) -> int:

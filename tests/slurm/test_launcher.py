@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -70,6 +71,12 @@ class TestProfiles:
             ({"sbatch": {"no-requeue": True}}, "no-requeue cannot be set; what you mean is requeue: false"),
             ({"sbatch": {"job_name": "x"}}, "job_name cannot be set; what you mean is --name"),
             ({"sbatch": {"output": "x"}}, "sbatch: output cannot be set"),
+            ({"sbatch": {"qos:long": None}}, "sbatch: 'qos:long' is no option's name; in 'name: value', a space"),
+            ({"sbatch": {"exclude": ["a", "b"]}}, "sbatch: exclude must be one value, got ['a', 'b']"),
+            ({"sbatch": {"time_min": 3600}}, "time_min must be a text, got 3600 (in YAML, write it in quotes)"),
+            ({"environment": {"A:1": None}}, "environment: 'A:1' is no variable's name"),
+            ({"environment": {"A": True}}, "environment: A must be a text, got True: put it in quotes"),
+            ({"environment": {"A": ["b"]}}, "environment: A must be a text, got ['b']: put it in quotes"),
             ({"gpu_type": "a100"}, "gpu_type=a100 needs gpus_per_node"),
             ({"gpu_binding": "task", "gpus_per_node": 4, "launcher": "mpirun"}, "gpu_binding=task is srun's"),
             ({"gpu_binding": "task", "gpus_per_node": 4, "ranks_per_node": 2}, "as many ranks as GPUs on each node"),
@@ -120,6 +127,13 @@ class TestSbatchFile:
         profile = Profile(setup=("source /etc/profile",), modules=("gcc",), environment={"A": "1"})
         text = slurm_executor(profile, Path("/shared"), "x").sbatch_file()
         assert "\nsource /etc/profile\nmodule load gcc || exit 1\nexport A=1\n" in text
+
+    def test_a_variable_can_be_taken_back(self) -> None:
+        profile = merge(("file", {"environment": {"A": "1", "B": "2"}}), ("line", {"environment": {"A": None}}))
+        text = slurm_executor(profile, Path("/shared"), "x").sbatch_file()
+        assert "export B=2\n" in text
+        assert "export A" not in text
+        assert not any(word.startswith("A=") for word in make_job(profile, ["train.py"], local=True).command)
 
     def test_mpirun_starts_all_ranks_itself(self) -> None:
         profile = Profile(nodes=3, ranks_per_node=2, launcher="mpirun", mpirun=("--map-by", "core"), time="10")
@@ -276,6 +290,35 @@ class TestCommandLine:
         ended = submit("--cluster", "debug", "--folder", str(tmp_path), "--", str(script), "--a", "b")
         assert f"here ['--a', 'b'] __main__ {os.getpid()}" in ended.stdout
         assert ended.returncode == 0
+
+    def test_a_file_that_the_script_misses_is_no_missing_slurm(self, tmp_path: Path) -> None:
+        script = tmp_path / "reads.py"
+        script.write_text("open('/no/such/file')\n")
+        ended = submit("--cluster", "debug", "--folder", str(tmp_path / "logs"), "--", str(script))
+        assert ended.returncode == 1
+        assert "FileNotFoundError" in ended.stderr
+        assert "/no/such/file" in ended.stderr
+        assert "login node" not in ended.stderr
+
+    def test_a_folder_that_cannot_be(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        ended = submit("--cluster", "local", "--folder", str(tmp_path / "file" / "logs"), "--", SCRIPT)
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("error: ")
+        assert f"{tmp_path}/file/logs" in ended.stderr
+        assert "Traceback" not in ended.stderr
+
+    def test_ranks_before_the_project_is_set_up(self, tmp_path: Path) -> None:
+        scripts = tmp_path / "scripts"
+        shutil.copytree(ROOT / "scripts", scripts)
+        for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, tmp_path)
+        command = [sys.executable, str(scripts / "bootstrap.py"), "--mpi=pip", "--mpirun", "2", "true"]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 1
+        assert ended.stderr.startswith("\nerror: There is no mpirun here")
+        assert "make env" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
     def test_local_runs_all_ranks(self, tmp_path: Path) -> None:
         script = tmp_path / "ranks.py"
