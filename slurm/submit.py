@@ -97,6 +97,12 @@ def do_sweep(args: argparse.Namespace, script: list[str]) -> int:
     points = sweep.read_grid(args.grid)
     directories = [(args.output / sweep.directory_name(point)).absolute() for point in points]
     commands = [sweep.arguments(script, p, d) for p, d in zip(points, directories, strict=True)]
+    if not all(str(d) in " ".join(command) for d, command in zip(directories, commands, strict=True)):
+        print(
+            f"warning: {sweep.RUN} is not among the script's arguments: all runs write to the same place, and "
+            f"collect looks into {args.output}. Usually --output {sweep.RUN} is meant",
+            file=sys.stderr,
+        )
     executor = slurm_executor(profile, args.folder, args.name or args.output.name, parallel=args.parallel)
     if args.dry_run:
         print(executor.sbatch_file(len(commands)))

@@ -468,6 +468,14 @@ class TestSweeps:
             sweep.read_grid(tmp_path / "grid.yaml")
         assert expected in str(caught.value)
 
+    @pytest.mark.parametrize("arguments", [["--output", "{run}"], []])
+    def test_runs_without_a_directory_of_their_own(self, tmp_path: Path, arguments: list[str]) -> None:
+        (tmp_path / "grid.yaml").write_text("{seed: [0, 1]}")
+        options = ["sweep", str(tmp_path / "grid.yaml"), f"--output={tmp_path / 'runs'}", "--dry-run"]
+        ended = submit(*options, "--", SCRIPT, *arguments)
+        assert ended.returncode == 0, ended.stderr
+        assert ("warning: {run} is not among the script's arguments" in ended.stderr) == (not arguments)
+
     @pytest.fixture
     def swept(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """Two finished runs without a result, one that runs, and one that has all."""
