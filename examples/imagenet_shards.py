@@ -221,7 +221,14 @@ def main() -> None:
         if args.command == "index":
             print(f"{make_index(args.directory):,} images are in {args.directory}")
             return
+        splits = [split for split in ("train", "val") if not (args.shards / split).exists()]
         for split in ("train", "val"):
+            if split not in splits:
+                print(f"{args.shards / split} is there already, and left as it is")
+        for split in splits:  # to pack the first one takes hours
+            if not (args.tree / split).is_dir():
+                raise FileNotFoundError(f"there is no directory {args.tree / split}")
+        for split in splits:
             number = pack(args.tree / split, args.shards / split, args.per_shard, args.seed)
             print(f"{number:,} images are in {args.shards / split}")
     except (OSError, ValueError, tarfile.TarError) as error:

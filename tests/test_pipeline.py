@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -387,9 +388,24 @@ class TestShards:
         module.main()
         assert "704 images are in" in capsys.readouterr().out
         assert len(list((tmp_path / "packed" / "train").glob("*.tar"))) == 6
+        shutil.rmtree(tmp_path / "packed" / "val")
+        module.main()
+        said = capsys.readouterr().out
+        assert f"{tmp_path / 'packed' / 'train'} is there already, and left as it is" in said
+        assert re.findall(r"images are in (.*)", said) == [str(tmp_path / "packed" / "val")]
+
+    def test_nothing_is_packed_if_a_part_is_missing(
+        self, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        """It was found out last, hours later."""
+        (tmp_path / "tree").mkdir()
+        (tmp_path / "tree" / "train").symlink_to(few / "train")
+        command = ["imagenet_shards.py", "pack", str(tmp_path / "tree"), str(tmp_path / "packed")]
+        monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit):
-            module.main()
-        assert "is there already" in capsys.readouterr().err
+            example("imagenet_shards").main()
+        assert f"there is no directory {tmp_path / 'tree' / 'val'}" in capsys.readouterr().err
+        assert not (tmp_path / "packed").exists()
 
 
 class TestModel:
