@@ -120,11 +120,16 @@ def read_recipe(name: str, parser: Parser, defaults: Mapping[str, Any]) -> dict[
 
 
 def check(args: argparse.Namespace, parser: Parser, line: Mapping[str, Any]) -> None:
-    """Complain of settings that contradict each other."""
+    """Complain of settings that contradict each other, or that nothing can be done with."""
     if args.optimizer == "gradient" and "sync_every" in line:
         parser.error("--sync-every is for --optimizer local-sgd; the gradient path exchanges in each step")
     if args.batch_size % args.accumulate:
         parser.error(f"--accumulate {args.accumulate} must divide --batch-size {args.batch_size}")
+    for name in ("momentum", "weight_decay", "workers"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
+    if not 0 <= args.label_smoothing <= 1:
+        parser.error(f"--label-smoothing must be between 0 and 1, got {args.label_smoothing}")
     if args.nesterov and not args.momentum:
         parser.error("--nesterov needs a --momentum; --no-nesterov goes without")
     if args.compare and chosen_method(args) == PLAIN_HOROVOD:

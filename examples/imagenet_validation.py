@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -54,13 +57,16 @@ def validate(model: nn.Module, batches: DataLoader, args: argparse.Namespace) ->
 
 
 def evaluate(args: argparse.Namespace, images: Images) -> None:
-    """Validate saved weights; every number of ranks finds the same."""
-    saved = on_all_ranks(lambda: torch.load(args.evaluate, map_location="cpu", weights_only=True))
+    """Validate saved weights; every number of ranks finds the same.
+
+    Ends the program on all ranks if they are not of this program, or know other classes.
+    """
+    saved = on_all_ranks(lambda: read_weights(args.evaluate))
     if saved["classes"] != images.validation.classes:
         fail(f"{args.evaluate} knows other classes than {args.data}")
     args.arch = saved["arch"]
     model = make_model(args, len(saved["classes"]))
-    model.load_state_dict(saved["model"])
+    on_all_ranks(lambda: fill(model, saved["model"], args.evaluate))
     found = validate(model.to(device()), validation_batches(args, images), args)
     report_unreadable(found.problems, None)
     number = len(images.validation)
@@ -69,6 +75,36 @@ def evaluate(args: argparse.Namespace, images: Images) -> None:
         f"{found.correct / number:.4%}, among the first five {found.correct_top5 / number:.4%}, "
         f"loss {found.loss / number:.4f}"
     )
+
+
+def read_weights(file: Path) -> dict[str, Any]:
+    """What training has written to ``best.pt`` or ``last.pt``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is another file.
+    """
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many kinds
+        raise ValueError(f"{file} is no best.pt or last.pt of this program") from error
+    if not isinstance(saved, dict) or not {"model", "arch", "classes", "epoch"} <= saved.keys():
+        raise ValueError(f"{file} is no best.pt or last.pt of this program")
+    return saved
+
+
+def fill(model: nn.Module, weights: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Load weights into a model.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{file} is no best.pt or last.pt of this program") from error
 
 
 def report_unreadable(problems: list[str], run: RunDirectory | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -36,6 +37,8 @@ class Resumable:
         ask_every: optimizer steps after which the ranks agree on whether to go on. With local steps, take their
             period: to agree makes the ranks wait for each other.
         afresh: whether to delete the checkpoints that are there; not those of this job, if it was requeued.
+
+    Ends the program on all ranks if the directory cannot be written.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class Resumable:
         self._ask_every = ask_every
         if afresh and directory is not None and not int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             on_all_ranks(lambda: _delete(directory) if hvd.rank() == 0 else None)
+        if directory is not None:  # or it is found out at the first save, after hours, that it cannot be
+            on_all_ranks(lambda: _make_writable(directory) if hvd.rank() == 0 else None)
         self._checkpoints = None if directory is None else Checkpoints(directory)
         self._interruption = None if directory is None else Interruption()
 
@@ -124,6 +129,12 @@ def _leave(number: int) -> NoReturn:
     say(f"Interrupted. Saved as checkpoint {number}; the same command goes on from here.")
     hvd.barrier()
     sys.exit(EXIT_REQUEUE)
+
+
+def _make_writable(directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 def _delete(directory: Path) -> None:

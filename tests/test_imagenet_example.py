@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import horovod.torch as hvd
 import pytest
 import torch
 from PIL import Image
@@ -330,3 +331,45 @@ class TestErrors:
 
     def test_nothing_to_compare_on_one_rank(self, tmp_path: Path) -> None:
         assert "2 ranks or more" in self.failure("--compare", "--output", tmp_path, ranks=1)
+
+    def test_weights_of_another_program(
+        self, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "torchvision.pt")
+        text = self.failure("--data", photographs, "--evaluate", tmp_path / "torchvision.pt")
+        assert f"{tmp_path / 'torchvision.pt'} is no best.pt or last.pt of this program" in text
+        monkeypatch.syspath_prepend(EXAMPLES)
+        validation = importlib.import_module("imagenet_validation")
+        (tmp_path / "notes.txt").write_text("accuracy: 0.7\n")
+        with pytest.raises(ValueError, match=r"is no best\.pt or last\.pt of this program"):
+            validation.read_weights(tmp_path / "notes.txt")
+        with pytest.raises(ValueError, match=r"is no best\.pt or last\.pt of this program"):
+            validation.fill(torch.nn.Linear(1, 1), {"other": torch.zeros(1)}, tmp_path / "best.pt")
+        with pytest.raises(FileNotFoundError):
+            validation.read_weights(tmp_path / "missing.pt")
+
+    def test_checkpoints_where_nothing_can_be_written(self, photographs: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        options = ["--data", photographs, "--workers", 0, "--batch-size", 2, "--image-size", 32, "--arch", "resnet18"]
+        text = self.failure(*options, "--output", tmp_path / "out", "--checkpoint", tmp_path / "file" / "checkpoint")
+        assert f"{tmp_path / 'file' / 'checkpoint'}" in text
+        assert not (tmp_path / "out" / "config.yaml").exists()  # before anything is trained
+
+    @pytest.mark.parametrize(
+        ("option", "value", "expected"),
+        [
+            ("--momentum", "-1", "--momentum must be 0 or more, got -1.0"),
+            ("--workers", "-1", "--workers must be 0 or more, got -1"),
+            ("--label-smoothing", "2", "--label-smoothing must be between 0 and 1, got 2.0"),
+            ("--label-smoothing", "nan", "--label-smoothing must be between 0 and 1, got nan"),
+        ],
+    )
+    def test_numbers_out_of_range(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: Any, option: str, value: str, expected: str
+    ) -> None:
+        monkeypatch.syspath_prepend(EXAMPLES)
+        hvd.init()
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module("imagenet_options").parse_arguments(None, [option, value])
+        assert ended.value.code == 2
+        assert f"error: {expected}\n" in capsys.readouterr().err
