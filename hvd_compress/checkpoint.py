@@ -32,6 +32,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import popen_fork, resource_tracker
+from numbers import Integral
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -104,6 +105,7 @@ class Checkpoints:
             state: what ``torch.load(weights_only=True)`` accepts: tensors, numbers, strings, lists, dictionaries.
 
         Raises:
+            TypeError: some rank's ``step`` is no int; every rank raises.
             ValueError: the ranks are at different steps, or ``step`` is negative, or the directory has a checkpoint
                 of a later one, another run's for instance; or some rank's ``state`` holds what could not be loaded.
             OSError: it could not be written on some rank; every rank raises, and the checkpoints from before stand.
@@ -113,7 +115,12 @@ class Checkpoints:
             self._save(step, state)
 
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
-        steps = self._communicator.allgather(step)
+        # Of a state that came in the step's place only its type travels, so that all ranks raise.
+        is_number = isinstance(step, Integral) and not isinstance(step, bool)
+        steps = self._communicator.allgather(step if is_number else type(step).__name__)
+        for told in steps:
+            if isinstance(told, str):
+                raise TypeError(f"step must be an int ≥ 0, got a {told}: save(step, state)")
         if min(steps) != max(steps) or step < 0:
             raise ValueError(f"all ranks must save the same step ≥ 0, they are at {sorted({*steps})}")
         newest = self._on_first_rank(lambda: max(self._steps(), default=-1))

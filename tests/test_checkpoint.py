@@ -231,6 +231,15 @@ def load_of_another_format(directory: str) -> str:
     return str(caught.value)
 
 
+def save_with_swapped_arguments(directory: str) -> None:
+    arguments: list[Any] = [{"w": torch.zeros(2)}, 4]
+    if hvd.rank():  # one rank's mistake is told to all
+        arguments.reverse()
+    with pytest.raises(TypeError, match=r"step must be an int ≥ 0, got a dict: save\(step, state\)"):
+        Checkpoints(directory).save(*arguments)
+    assert not os.listdir(directory)
+
+
 @pytest.mark.ranks(1, 3)
 class TestCheckpoints:
     def test_save_and_load(self, world: World, tmp_path: Path) -> None:
@@ -241,6 +250,9 @@ class TestCheckpoints:
 
     def test_a_step_below_the_newest_is_refused(self, world: World, tmp_path: Path) -> None:
         world.run(save_where_another_run_was, str(tmp_path))
+
+    def test_swapped_arguments(self, world: World, tmp_path: Path) -> None:
+        world.run(save_with_swapped_arguments, str(tmp_path))
 
     def test_failure_on_one_rank(self, world: World, tmp_path: Path) -> None:
         world.run(one_rank_cannot_write, str(tmp_path))
