@@ -116,7 +116,7 @@ class Checkpoints:
 
     def _save(self, step: int, state: Mapping[str, Any]) -> None:
         # Of a state that came in the step's place only its type travels, so that all ranks raise.
-        is_number = isinstance(step, Integral) and not isinstance(step, bool)
+        is_number = isinstance(cast(object, step), Integral) and type(step) is not bool
         steps = self._communicator.allgather(step if is_number else type(step).__name__)
         for told in steps:
             if isinstance(told, str):
