@@ -55,7 +55,8 @@ class AsyncQsparseLocalSGD(Wrapped):
             other ranks' updates of earlier steps; for experiments and tests rather than for speed.
         total_steps: T, the number of steps that this rank takes. Needed, and the same on all ranks, in logical mode.
         max_staleness: in free-running mode, a rank that exchanges after t steps goes on only once all others have
-            exchanged after t − ``max_staleness`` steps or more. None for no bound, so that no rank ever waits.
+            exchanged after t − ``max_staleness`` steps or more, counted from the start or the last :meth:`finish`.
+            None for no bound, so that no rank ever waits.
         servers: how many ranks, from rank 0 on, look after a part of the model; one for each 262,144 elements if
             None, but no more than there are ranks or tensors.
         timeout: seconds without a word from a rank, while another waits for it, until the others give up: more than
@@ -137,6 +138,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         )
         self._anchors = self._starts = model_of(self._parameters)  # x_r
         self._steps = 0
+        self._began = 0  # steps before the last start or finish()
         self._last_sync = 0
         self._saved: dict[str, Any] | None = None  # the server's state that was loaded
 
@@ -213,7 +215,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         if self._last_sync != self._steps:
             self._exchange()
         self._model.finish(self._anchors)
-        self._saved = None
+        self._saved, self._began = None, self._steps
         self._set_parameters(self._anchors)
 
     def reset_memory(self) -> None:
@@ -237,6 +239,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             "mode": self._mode,
             "servers": self._servers,
             "steps": self._steps,
+            "began": self._began,
             "last_sync": self._last_sync,
             "anchors": {name: anchor.clone() for name, anchor in self._anchors.items()} if self._steps else None,
             "sender": self._model.state_dict(),
@@ -274,6 +277,7 @@ class AsyncQsparseLocalSGD(Wrapped):
         for name, values in saved.items():
             self._anchors[name].copy_(values)
         self._steps, self._last_sync, self._saved = own["steps"], own["last_sync"], own["server"]
+        self._began = own.get("began", 0)
 
     def _is_due(self, step: int) -> bool:
         if step == self._total_steps:
@@ -305,7 +309,7 @@ class AsyncQsparseLocalSGD(Wrapped):
             self._add()
             self._last_sync, self._is_stale = self._steps, True
             try:
-                self._model.exchange(self._steps, self._anchors)
+                self._model.exchange(self._steps - self._began, self._anchors)
             finally:
                 self._settle()
 

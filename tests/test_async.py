@@ -507,12 +507,14 @@ def test_a_server_tells_what_goes_wrong(requests: list[tuple[int, Topic, Any]], 
 # On real ranks
 
 
-def goes_on_while_the_other_computes() -> None:
+def goes_on_while_the_other_computes(max_staleness: int | None, before: int) -> None:
     """Rank 1's first step ends only once rank 0 has exchanged 20 times: if rank 0 waited, neither would end."""
     from mpi4py import MPI
 
     model = Vectors(SHAPES)
-    optimizer = wrap(model, 1)
+    optimizer = wrap(model, 1, max_staleness=max_staleness)
+    train(model, optimizer, 0, before * (1 + hvd.rank()))
+    optimizer.finish()
     if hvd.rank() == 1:
         with_first_step = iter([True])
 
@@ -531,12 +533,14 @@ def goes_on_while_the_other_computes() -> None:
         MPI.COMM_WORLD.send("go on", dest=1, tag=77)
     optimizer.finish()
     assert_replicas_identical(list(model.parameters()))
-    assert optimizer.ledger.exchanges == (20 if hvd.rank() == 0 else 3)
+    assert optimizer.ledger.exchanges == (20 + before if hvd.rank() == 0 else 3 + 2 * before)
 
 
 @pytest.mark.ranks(2)
-def test_no_rank_waits_for_anothers_computation(world: World) -> None:
-    world.run(goes_on_while_the_other_computes)
+@pytest.mark.parametrize(("max_staleness", "before"), [(None, 0), (20, 0), (20, 5)])
+def test_no_rank_waits_for_anothers_computation(world: World, max_staleness: int | None, before: int) -> None:
+    """Nor for what it has done before the last finish()."""
+    world.run(goes_on_while_the_other_computes, max_staleness, before)
 
 
 def finishes_at_its_own_time() -> None:

@@ -110,6 +110,19 @@ def test_accordion_by_hand() -> None:
     assert seen == [high, high, high, high, low, low, high, high, low]
 
 
+@pytest.mark.parametrize(
+    ("energies", "ratios"),
+    [([4.0, math.inf, 4.0, math.nan, 4.0], [0.5, 0.5, 0.1, 0.1, 0.1]), ([0.0, 0.0, 0.0], [0.5, 0.1, 0.1])],
+)
+def test_accordion_takes_neither_overflows_nor_zeros_for_a_change(energies: list[float], ratios: list[float]) -> None:
+    schedule = Accordion(high=0.5, low=0.1, interval=1).start({"w": 100})
+    seen = []
+    for energy in energies:
+        schedule.advance(energy, kept=0)
+        seen.append(schedule.operator("w"))
+    assert seen == [TopK(ratio=ratio) for ratio in ratios]
+
+
 @given(
     st.integers(1, 40),
     st.floats(0.001, 1.0),

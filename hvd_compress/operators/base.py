@@ -148,6 +148,16 @@ def flatten(x: Tensor) -> Tensor:
     return flat if flat.dim() == 1 else flat.reshape(-1)
 
 
+def told(extremes: Tensor, summed: int = 1) -> Tensor:
+    """``(low, high)`` of a :class:`~hvd_compress.wire.Range`, as receivers are to be told.
+
+    Where they would get inf from finite extremes, adding up ``summed`` of the values, they get NaN from NaN.
+    """
+    # All that is summed may be near one extreme, however near the two are to each other.
+    largest = extremes.abs().amax() * 2 * summed if summed > 1 else extremes[1] - extremes[0]
+    return torch.where(torch.isfinite(largest), extremes, torch.nan)
+
+
 def check_steps(levels: int | None, bits: int | None, largest: int, steps_of: Callable[[int], int]) -> int:
     """The number of steps from exactly one of ``levels=`` and ``bits=``.
 

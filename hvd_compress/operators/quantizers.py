@@ -24,7 +24,7 @@ from ..kernels import (
 )
 from ..wire import Message, Range, Symmetric, SymmetricRuns
 from ..wire import Rotated as RotatedValues
-from .base import Quantizer, check_steps, flatten
+from .base import Quantizer, check_steps, flatten, told
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ class Sign(Quantizer):
         flat = flatten(x)
         scale = _norm(flat, self.m) / max(1, len(flat))
         levels = (flat >= 0).to(torch.uint8)
-        return Message(tuple(x.shape), None, Range(levels, torch.stack([-scale, scale]), 1))
+        return Message(tuple(x.shape), None, Range(levels, told(torch.stack([-scale, scale])), 1))
 
 
 def _norm(x: Tensor, m: float, dim: int | None = None) -> Tensor:
@@ -315,14 +315,9 @@ def _rows(flat: Tensor, bucket: int) -> Tensor:
 
 
 def _to_range(flat: Tensor, extremes: Tensor, s: int, generator: torch.Generator | None, summed: int = 1) -> Range:
-    """``flat`` rounded without bias to s steps between two extremes, and cut there.
-
-    Where receivers would get inf from finite extremes, adding up ``summed`` of the values, they get NaN from NaN.
-    """
+    """``flat`` rounded without bias to s steps between two extremes, and cut there; ``summed``: see :func:`told`."""
     width = extremes[1] - extremes[0]
-    # All that is summed may be near one extreme, however near the two are to each other.
-    largest = extremes.abs().amax() * 2 * summed if summed > 1 else width
-    extremes = torch.where(torch.isfinite(largest), extremes, torch.nan)
+    extremes = told(extremes, summed)
     levels = round_by_chance(flat, extremes[0], (width / as_divisor(s, width)).reshape(1), 0, 0, s, generator)
     return Range(levels, extremes, s)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..checks import check_numbers
 from ..kernels import choose_by_chance
 from ..wire import Codebook, Levels, Message, Range
-from .base import Quantizer, check_steps, flatten
+from .base import Quantizer, check_steps, flatten, told
 from .gradient_models import Laplace, PowerLaw, fit_laplace, fit_power_law
 
 Model = Laplace | PowerLaw
@@ -146,7 +146,7 @@ class TQSGD(Truncated):
         return tuple(alpha * (2 * j - s) / s for j in range(s + 1))
 
     def _values(self, levels: Tensor, table: Tensor) -> Levels:
-        return Range(levels, torch.stack([table[0], table[-1]]), self.s)
+        return Range(levels, told(torch.stack([table[0], table[-1]])), self.s)
 
 
 @dataclass(frozen=True)

@@ -70,13 +70,15 @@ class AccordionSchedule(Schedule):
 
     def advance(self, energy: float, kept: int) -> None:
         """See :class:`Schedule`."""
-        self._energy += energy if math.isfinite(energy) else 0.0
+        if not math.isfinite(energy):
+            return  # an overflow says nothing of the gradient, and loss scaling begins with some
+        self._energy += energy
         self._done += 1
         if self._done < self._plan.interval:
             return
         norm, before = math.sqrt(self._energy), self._norm_before
         if before is not None:
-            critical = abs(before - norm) >= self._plan.threshold * before
+            critical = norm != before and abs(before - norm) >= self._plan.threshold * before
             self._ratio = self._plan.high if critical else self._plan.low
         self._norm_before, self._energy, self._done = norm, 0.0, 0
 
