@@ -17,6 +17,7 @@ from statistics import mean
 import horovod.torch as hvd
 import torch
 import torch.nn.functional as F
+from ranks import on_all_ranks
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10
@@ -45,7 +46,12 @@ class CNN(nn.Sequential):
 def load(directory: Path | None, train: bool) -> tuple[Tensor, Tensor]:
     """Images (n, 3, 32, 32) of mean 0 and variance 1, and labels."""
     if directory is not None:
-        data = CIFAR10(str(directory), train=train)  # an error that says what is missing, if it is
+        try:
+            data = CIFAR10(str(directory), train=train)
+        except RuntimeError as error:
+            raise OSError(
+                f"--data {directory}: no cifar-10-batches-py there as torchvision wants it: {error}"
+            ) from None
         images, labels = torch.from_numpy(data.data).permute(0, 3, 1, 2).float(), torch.tensor(data.targets)
     else:
         digits = load_digits()
@@ -66,7 +72,7 @@ def main() -> None:
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     settings = settings_of(args)
     named = {} if args.compression in PLAIN else {"named_parameters": model.named_parameters()}
-    compression = Compression.by_name(args.compression, **settings, **named)
+    compression = on_all_ranks(lambda: Compression.by_name(args.compression, **settings, **named))
     momentum = 0.0 if "momentum" in settings else MOMENTUM  # once: some compressors have it on the ranks
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=args.lr, momentum=momentum),
@@ -74,7 +80,7 @@ def main() -> None:
         compression=compression,
     )
 
-    images, labels = load(args.data, train=True)
+    images, labels = on_all_ranks(lambda: load(args.data, train=True))
     generator = torch.Generator().manual_seed(args.seed)
     losses = []
     for _ in tqdm(range(args.epochs), unit="epoch", disable=None if hvd.rank() == 0 else True):
@@ -124,7 +130,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32, help="of each rank (%(default)s)")
     parser.add_argument("--lr", type=float, default=0.01, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error(f"--batch-size must be 1 or more, got {args.batch_size}")
+    return args
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def _add_operators(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--bits", type=_bits, default=4, metavar="B", help="of each quantized value, 2 to 8 (default: 4)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the tensor and of random operators (default: 0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the tensor and of random operators (default: 0)")
     parser.set_defaults(run=_operators)
 
 
@@ -212,6 +212,13 @@ def _bits(text: str) -> int:
     number = _number(int, text, "a whole number, 2 to 8")
     if not 2 <= number <= 8:
         raise argparse.ArgumentTypeError(f"must be 2 to 8; got {text}")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = _number(int, text, "a whole number")
+    if not 0 <= number < 2**63 - 1:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, and less than 2 ** 63 - 1; got {text}")
     return number
 
 

@@ -181,6 +181,8 @@ class Sandbox:
 
     def boot(self, name: str, *, wait: bool = True) -> None:
         """Start a node, or start it again."""
+        if name not in self.names:
+            raise SandboxError(f"there is no {name}, only {', '.join(self.names)}")
         if name in self._hosts():
             raise SandboxError(f"{name} is running")
         number = self.names.index(name) + 1

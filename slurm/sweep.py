@@ -93,12 +93,18 @@ def read_record(directory: Path) -> list[Point]:
     """The points of the sweep in ``directory``.
 
     Raises:
-        ProfileError: there is none.
+        ProfileError: there is none, or its record cannot be read.
     """
+    record = directory / RECORD
     try:
-        return [Point(**point) for point in json.loads((directory / RECORD).read_text(encoding="utf-8"))]
+        points = [Point(**point) for point in json.loads(record.read_text(encoding="utf-8"))]
     except FileNotFoundError:
         raise ProfileError(f"there is no sweep in {directory} ({RECORD} is missing)") from None
+    except (OSError, TypeError, ValueError) as error:
+        raise ProfileError(f"{record} cannot be read ({error}); the runs themselves are beside it") from None
+    if not points:
+        raise ProfileError(f"{record} holds no runs")
+    return points
 
 
 def read_result(point: Point, state: str) -> Result:

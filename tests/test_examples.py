@@ -79,6 +79,20 @@ def test_masked_words_without_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no steps: --steps must be 1 or more, got 0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch-size", "0"], "--batch-size must be 1 or more, got 0"),
+        (["--ratio", "7"], "error: ratio must be in (0, 1], got 7.0"),
+        (["--data", "/nowhere"], "error: --data /nowhere: no cifar-10-batches-py there"),
+    ],
+)
+def test_cnn_says_what_is_wrong(arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_example("cnn.py", arguments)
+    assert told in capsys.readouterr().err
+
+
 def every_compressor_without_steps() -> None:
     for arguments in (["--epochs", "0"], ["--batch-size", "719", "--epochs", "1"]):
         with pytest.raises(SystemExit, match=r"no steps: --epochs . of 1438 images, .* smaller batches"):

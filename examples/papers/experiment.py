@@ -202,6 +202,8 @@ def main(
         if not args.report:
             start_ranks(2 if args.short else number, [sys.argv[0], *sys.argv[1:], "--part", part])
     runs = results.read()
+    if not runs:
+        sys.exit(f"{name}.py: error: {args.results} holds no results: run this without --report first")
     tables = report(runs)
     for title, table in tables.items():
         print(f"\n{title}\n\n{table}")

@@ -277,6 +277,14 @@ class TestCommandLine:
         assert expected in ended.stderr
         assert "Traceback" not in ended.stderr
 
+    @pytest.mark.parametrize("text", ['[{"job":', '[{"job": "1"}]', "[7]", "[]", "{}"])
+    def test_a_damaged_record_of_a_sweep(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "sweep.json").write_text(text)
+        ended = submit("collect", str(tmp_path))
+        assert ended.returncode == 1
+        assert f"{tmp_path / 'sweep.json'} " in ended.stderr
+        assert "Traceback" not in ended.stderr
+
     def test_help(self) -> None:
         assert "python slurm/submit.py --nodes 4" in submit("--help").stdout
         for command in ("submit", "sweep", "status", "logs", "cancel", "collect"):
