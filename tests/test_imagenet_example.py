@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
+import io
 import json
 import re
 import shutil
@@ -21,7 +23,8 @@ import horovod.torch as hvd
 import pytest
 import torch
 from PIL import Image
-from world import environment, launch, mpirun_command
+from test_examples import run_example
+from world import World, environment, mpirun_command
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 MEGABYTES = {"resnet50": 4 * 23.528522, "resnet18": 4 * 11.181642}
@@ -32,11 +35,26 @@ SMALL = ["--arch", "resnet18", "--no-checkpoint"]
 QUICK = ["--epochs", "1", "--limit-train-batches", "2", "--batch-size", "8"]
 
 
-def run(ranks: int, *arguments: object) -> tuple[int, str]:
-    """Exit status and everything printed."""
-    command = [str(EXAMPLES / "imagenet_resnet50.py"), *QUICK, *map(str, arguments)]
-    ended = launch(ranks, command)
-    return ended.returncode, ended.stdout
+def run(world: World, *arguments: object) -> tuple[int, str]:
+    """Exit status and everything printed, on a world's ranks, which need not be started; others start their own."""
+    statuses, texts = zip(*world.run(one_rank, [*QUICK, *map(str, arguments)]), strict=True)
+    assert len({*statuses}) == 1, texts
+    return statuses[0], "".join(texts)
+
+
+def one_rank(arguments: list[str]) -> tuple[int, str]:
+    """The same of a rank, which is left as it was."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            printed.write(run_example("imagenet_resnet50.py", arguments))
+    except SystemExit as ended:
+        return int(ended.code or 0), printed.getvalue()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0, printed.getvalue()
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:
@@ -153,8 +171,9 @@ def sizes(**changed: Any) -> argparse.Namespace:
 
 
 class TestRuns:
-    def test_compare(self, tmp_path: Path) -> None:
-        status, text = run(2, "--compare", "--output", tmp_path)
+    @pytest.mark.ranks(2)
+    def test_compare(self, world: World, tmp_path: Path) -> None:
+        status, text = run(world, "--compare", "--output", tmp_path)
         assert status == 0, text
         assert "No ImageNet was given" in text
         assert text.count("No ImageNet was given") == 1, "each rank spoke"
@@ -173,35 +192,39 @@ class TestRuns:
         with Image.open(tmp_path / "accuracy-vs-megabytes.png") as picture:
             assert min(picture.size) > 500
 
-    def test_gradient_path(self, tmp_path: Path) -> None:
-        status, text = run(2, "--optimizer", "gradient", "--ratio", "0.01", "--output", tmp_path, *SMALL)
+    @pytest.mark.ranks(2)
+    def test_gradient_path(self, world: World, tmp_path: Path) -> None:
+        status, text = run(world, "--optimizer", "gradient", "--ratio", "0.01", "--output", tmp_path, *SMALL)
         assert status == 0, text
         assert "topk 0.01, each gradient" in text
         (epoch,) = metrics(tmp_path)
         assert epoch["exchanges"] == 2
         assert epoch["ratio_to_fp32"] > 20
 
-    def test_half_precision_is_half_the_bytes(self, tmp_path: Path) -> None:
-        status, text = run(2, "--optimizer", "gradient", "--compression", "fp16", "--output", tmp_path, *SMALL)
+    @pytest.mark.ranks(2)
+    def test_half_precision_is_half_the_bytes(self, world: World, tmp_path: Path) -> None:
+        status, text = run(world, "--optimizer", "gradient", "--compression", "fp16", "--output", tmp_path, *SMALL)
         assert status == 0, text
         (epoch,) = metrics(tmp_path)
         parameters, statistics = 2 * MEGABYTES["resnet18"], STATISTICS["resnet18"]
         assert epoch["megabytes_sent"] == pytest.approx(parameters / 2 + statistics)
         assert epoch["ratio_to_fp32"] == pytest.approx((parameters + statistics) / epoch["megabytes_sent"])
 
-    def test_photographs_on_three_ranks(self, photographs: Path, tmp_path: Path) -> None:
+    @pytest.mark.ranks(3)
+    def test_photographs_on_three_ranks(self, world: World, photographs: Path, tmp_path: Path) -> None:
         arguments = ["--image-size", 64, "--workers", 0, "--batch-size", 2, "--sync-every", 1]
         arguments += [*SMALL, "--limit-train-batches", 9]
-        status, text = run(3, "--data", photographs, "--output", tmp_path / "out", *arguments)
+        status, text = run(world, "--data", photographs, "--output", tmp_path / "out", *arguments)
         assert status == 0, text
         (epoch,) = metrics(tmp_path / "out")
         assert epoch["exchanges"] == 2  # 16 images for 3 ranks, by twos: 4 of them are left out
         right = epoch["accuracy"] * 6
         assert right == pytest.approx(round(right))
 
-    def test_one_rank_and_its_workers(self, photographs: Path, tmp_path: Path) -> None:
+    @pytest.mark.ranks(1)
+    def test_one_rank_and_its_workers(self, world: World, photographs: Path, tmp_path: Path) -> None:
         arguments = ["--optimizer", "gradient", "--image-size", 32, "--workers", 1, *SMALL]
-        status, text = run(1, "--data", photographs, "--output", tmp_path / "out", *arguments)
+        status, text = run(world, "--data", photographs, "--output", tmp_path / "out", *arguments)
         assert status == 0, text
         (epoch,) = metrics(tmp_path / "out")
         assert (epoch["megabytes_sent"], epoch["ratio_to_fp32"]) == (0, None)
@@ -263,14 +286,14 @@ class TestInterruption:
         for directory in (at_once, twice):  # pytest keeps what is left
             shutil.rmtree(directory)
 
-    def test_other_settings_or_ranks(self, tmp_path: Path) -> None:
+    def test_other_settings_or_ranks(self, worlds: Any, tmp_path: Path) -> None:
         options = ["--arch", "resnet18", "--checkpoint", tmp_path / "checkpoint", "--output", tmp_path]
-        status, text = run(1, *options)
+        status, text = run(worlds.of(1), *options)
         assert status == 0, text
-        status, text = run(1, *options, "--lr", "0.5")
+        status, text = run(worlds.of(1), *options, "--lr", "0.5")
         assert status == 1
         assert "lr was 0.08, is 0.5. Give another --output, or --resume never" in text
-        status, text = run(2, *options)
+        status, text = run(worlds.of(2), *options)
         assert status == 1
         assert "was saved by 1 ranks, this job has 2" in text
         assert "Traceback" not in text
@@ -294,16 +317,17 @@ def assert_equal(one: Any, other: Any, where: str = "") -> None:
 
 
 class TestErrors:
-    def failure(self, *arguments: object, ranks: int = 2) -> str:
-        status, text = run(ranks, *arguments)
+    def failure(self, world: World, *arguments: object) -> str:
+        status, text = run(world, *arguments)
         assert status != 0
         assert "Traceback" not in text
         assert text.count("error:") == 1, text
         return text
 
-    def test_no_validation_directory(self, photographs: Path, tmp_path: Path) -> None:
+    @pytest.mark.ranks(2)
+    def test_no_validation_directory(self, world: World, photographs: Path, tmp_path: Path) -> None:
         (photographs / "val").rename(photographs / "validation")
-        text = self.failure("--data", photographs, "--output", tmp_path / "out")
+        text = self.failure(world, "--data", photographs, "--output", tmp_path / "out")
         assert f"there is no directory {photographs / 'val'}" in text
 
     def test_empty_class(self, data: ModuleType, photographs: Path) -> None:
@@ -316,27 +340,32 @@ class TestErrors:
         with pytest.raises(ValueError, match="differ in their classes: n01443537, n01484850"):
             data.open_images(photographs)
 
-    def test_too_few_images(self, photographs: Path, tmp_path: Path) -> None:
+    @pytest.mark.ranks(2)
+    def test_too_few_images(self, world: World, photographs: Path, tmp_path: Path) -> None:
         text = self.failure(
-            "--data", photographs, "--workers", "0", "--output", tmp_path / "out", "--batch-size", "99"
+            world, "--data", photographs, "--workers", "0", "--output", tmp_path / "out", "--batch-size", "99"
         )
         assert "16 images are too few for 2 ranks of --batch-size 99" in text
 
-    def test_unknown_compressor(self, tmp_path: Path) -> None:
-        text = self.failure("--compression", "topp", "--output", tmp_path)
+    @pytest.mark.ranks(2)
+    def test_unknown_compressor(self, world: World, tmp_path: Path) -> None:
+        text = self.failure(world, "--compression", "topp", "--output", tmp_path)
         assert "did you mean 'topk'?" in text
 
-    def test_unknown_option(self) -> None:
-        assert "--compresion" in self.failure("--compresion", "topk")
+    @pytest.mark.ranks(2)
+    def test_unknown_option(self, world: World) -> None:
+        assert "--compresion" in self.failure(world, "--compresion", "topk")
 
-    def test_nothing_to_compare_on_one_rank(self, tmp_path: Path) -> None:
-        assert "2 ranks or more" in self.failure("--compare", "--output", tmp_path, ranks=1)
+    @pytest.mark.ranks(1)
+    def test_nothing_to_compare_on_one_rank(self, world: World, tmp_path: Path) -> None:
+        assert "2 ranks or more" in self.failure(world, "--compare", "--output", tmp_path)
 
+    @pytest.mark.ranks(2)
     def test_weights_of_another_program(
-        self, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, world: World, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "torchvision.pt")
-        text = self.failure("--data", photographs, "--evaluate", tmp_path / "torchvision.pt")
+        text = self.failure(world, "--data", photographs, "--evaluate", tmp_path / "torchvision.pt")
         assert f"{tmp_path / 'torchvision.pt'} is no best.pt or last.pt of this program" in text
         monkeypatch.syspath_prepend(EXAMPLES)
         validation = importlib.import_module("imagenet_validation")
@@ -348,10 +377,13 @@ class TestErrors:
         with pytest.raises(FileNotFoundError):
             validation.read_weights(tmp_path / "missing.pt")
 
-    def test_checkpoints_where_nothing_can_be_written(self, photographs: Path, tmp_path: Path) -> None:
+    @pytest.mark.ranks(2)
+    def test_checkpoints_where_nothing_can_be_written(self, world: World, photographs: Path, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         options = ["--data", photographs, "--workers", 0, "--batch-size", 2, "--image-size", 32, "--arch", "resnet18"]
-        text = self.failure(*options, "--output", tmp_path / "out", "--checkpoint", tmp_path / "file" / "checkpoint")
+        text = self.failure(
+            world, *options, "--output", tmp_path / "out", "--checkpoint", tmp_path / "file" / "checkpoint"
+        )
         assert f"{tmp_path / 'file' / 'checkpoint'}" in text
         assert not (tmp_path / "out" / "config.yaml").exists()  # before anything is trained
 

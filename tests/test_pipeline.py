@@ -561,11 +561,12 @@ SHORTENED = ["--arch", "resnet18", "--limit-train-batches", 2, "--batch-size", 4
 """Flags that make a training small."""
 
 
+@pytest.mark.ranks(3)
 @pytest.mark.parametrize("recipe", ["paper", "torchvision"])
-def test_recipes_on_three_ranks(recipe: str, few: Path, tmp_path: Path) -> None:
+def test_recipes_on_three_ranks(world: World, recipe: str, few: Path, tmp_path: Path) -> None:
     """The short one runs below, that of the digits in ``make demo``."""
     size = ["--eval-size", 32, "--epochs", 1, "--no-checkpoint"]
-    status, text = run(3, "--recipe", recipe, "--data", few, "--output", tmp_path, *SHORTENED, *size)
+    status, text = run(world, "--recipe", recipe, "--data", few, "--output", tmp_path, *SHORTENED, *size)
     assert status == 0, text
     (epoch,) = metrics(tmp_path)
     assert epoch["ranks"] == 3
