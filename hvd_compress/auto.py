@@ -339,6 +339,11 @@ class AutoReducer(Member):
         if self._chosen is not None:
             self._chosen.reset_memory()
 
+    def give_back(self, name: str, rest: Tensor) -> None:
+        """See :meth:`hvd_compress.sender.Sender.give_back`."""
+        assert self._chosen is not None, "reduce() comes first"
+        self._chosen.give_back(name, rest)
+
     def residual(self, name: str) -> Tensor | None:
         """Not to be had, since another exchange may be chosen.
 

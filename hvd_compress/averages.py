@@ -249,7 +249,7 @@ class HorovodAverage(Member):
         Raises:
             ValueError: the state has a memory, which would be lost.
         """
-        if "memory" in state:
+        if "format" in state:  # any compressor's
             raise ValueError("the state was saved with a compressor and its memory: use the same compression=…")
         self.ledger.load_state_dict(state["ledger"])
         self._failure = self._spoilt = None

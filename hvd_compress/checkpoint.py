@@ -131,6 +131,7 @@ class Checkpoints:
                 f"{self.directory} has a checkpoint of step {newest} already, from which load() would go on, not "
                 f"from step {step}: load it before training, delete it, or give another directory"
             )
+        step = int(step)  # numpy's, for instance, could not be loaded
         partial = self._path(step).with_suffix(_PARTIAL)
         self._on_first_rank(lambda: self._make_room(partial))
         self._on_all(lambda: self._write(partial / _file(self._rank), step, state))
@@ -158,7 +159,7 @@ class Checkpoints:
         if step is None:
             return None
         path = self._path(step)
-        saved_by = self._on_first_rank(lambda: len(list(path.glob("rank-*.pt"))))
+        saved_by = self._on_first_rank(lambda: _saved_by(path))
         if saved_by != self._size and resize is None:
             raise ValueError(
                 f"{path} was saved by {saved_by} ranks, this job has {self._size}, and memories belong to ranks. "
@@ -390,6 +391,23 @@ def _check_loads(file: Path) -> None:
             f"{file} could not be loaded again: a state holds tensors, numbers, strings, lists and dictionaries; "
             f"float(…) makes a number of numpy's one of Python's ({error})"
         ) from error
+
+
+def _saved_by(path: Path) -> int:
+    """How many ranks have, whose files must all be there."""
+    files = sorted(path.glob("rank-*.pt"))
+    if not files:
+        raise OSError(f"{path} holds no rank's file; to go on from an older one, delete it")
+    try:
+        size: int = torch.load(str(files[0]), map_location="cpu", weights_only=True, mmap=True)["size"]
+    except Exception:  # whose file that is finds out what is wrong with it
+        return len(files)
+    missing = [_file(rank) for rank in range(size) if not (path / _file(rank)).is_file()]
+    if missing:
+        raise OSError(
+            f"{path} was saved by {size} ranks and lacks {missing[0]}; to go on from an older one, delete it"
+        )
+    return size
 
 
 def _check(path: Path, contents: Sequence[Mapping[str, Any]], saved_by: int) -> None:

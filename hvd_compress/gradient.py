@@ -278,7 +278,26 @@ class GradientCompressor(Compressor):
                 )
             )
         self._op, divisor = ("Average", size) if is_average else ("Sum", 1)
-        self._reduced = reducer.reduce(divisor=divisor, overflow_elsewhere=self._has_overflow()).sums
+        reduced = reducer.reduce(divisor=divisor, overflow_elsewhere=self._has_overflow())
+        self._reduced = reduced.sums
+        if not reduced.overflow:
+            with reducer.alone():
+                self._keep_in_range(divisor)
+
+    def _keep_in_range(self, divisor: float) -> None:
+        """What float16 cannot hold stays in the memory. As inf it would be lost, since ranks have sent it."""
+        assert self._parameters is not None
+        half = {n: v for n, v in self._reduced.items() if self._parameters[n].dtype == torch.float16 and len(v)}
+        if not half:
+            return
+        limit = torch.finfo(torch.float16).max / self._scale
+        largest = [torch.linalg.vector_norm(values, math.inf) for values in half.values()]
+        are_far = torch.stack([norm.to(largest[0].device) for norm in largest]) > limit
+        for (name, values), is_far in zip(half.items(), are_far.tolist(), strict=True):
+            if is_far:
+                kept = values.clamp(-limit, limit)
+                self._bound().give_back(name, values.sub_(kept).mul_(divisor))
+                values.copy_(kept)
 
     def _gradient(self, name: str) -> Tensor | None:
         assert self._parameters is not None

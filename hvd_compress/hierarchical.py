@@ -33,7 +33,7 @@ from .operators import Operator
 from .pieces import Piece, cut, even_ends
 from .reducer import Reduced, Reducer
 from .schedules import Plan
-from .sender import Overflow, filled, laid_out
+from .sender import Overflow, check_memories, filled, laid_out
 
 if TYPE_CHECKING:  # importing mpi4py starts MPI
     from mpi4py import MPI
@@ -121,8 +121,8 @@ class HierarchicalReducer(Member):
         """Meet the other ``ranks`` and find out who shares a node; see :meth:`hvd_compress.reducer.Reducer.open`.
 
         Raises:
-            RankMismatchError: see there; also when the state that was loaded is of other shards than these, or a
-                rank's ``node_process_set`` is not of its node's ranks.
+            RankMismatchError: see there; also when the state that was loaded is of other shards or another schedule
+                than these, or a rank's ``node_process_set`` is not of its node's ranks.
             RuntimeError: Horovod runs without MPI.
             ValueError: ``nodes`` does not speak of all ranks.
         """
@@ -143,16 +143,24 @@ class HierarchicalReducer(Member):
         self._ledger.shared.mpi += sent
         self._shards = cut(self._sizes, even_ends(sum(self._sizes.values()), self._topology.shards))
         node, local = self._topology.place(place[0])
-        self._check_loaded(private, node, local)
+        shard = self._shards[local] if local < self._topology.shards else []
+        inner, unfit = None, self._unfit(node, local)
+        if local < self._topology.shards and unfit is None:
+            try:
+                inner = self._make_inner(shard, local)
+            except ValueError as error:
+                unfit = str(error)
+        self._check_loaded(private, unfit)
         group, together = private.Get_group(), self._topology.nodes[node]
         self._node, sent = node_of(private, self._topology, ranks, self._node_process_set)
         self._ledger.shared.mpi += sent
         self._status = Exchange(private.Create_group(group.Incl(together)), [node] * len(together))
         self._called = [ranks[place] for place in together]
-        if local < self._topology.shards:
+        if inner is not None:  # meet the owners of the same shard on the other nodes
             owners = [others[local] for others in self._topology.nodes]
             across = private.Create_group(group.Incl(owners))
-            self._open_shard(across, local, [ranks[place] for place in owners], expects, timeout)
+            inner.join(across, range(across.Get_size()), expects, timeout, [ranks[place] for place in owners])
+            self._inner, self._owned = inner, shard
         self._loaded, self._place, self._watch = None, place, Watch(private, timeout)
 
     def leave(self) -> None:
@@ -166,10 +174,13 @@ class HierarchicalReducer(Member):
             "exchange='allgather' here"
         )
 
-    def _open_shard(self, across: MPI.Intracomm, shard: int, called: list[int], expects: str, timeout: float) -> None:
-        """Meet the owners of the same shard on the other nodes."""
-        self._owned = self._shards[shard]
-        shapes = {piece.name: torch.Size([len(piece)]) for piece in self._owned}
+    def _make_inner(self, owned: Sequence[Piece], shard: int) -> Reducer:
+        """What sums a shard over nodes, with the memory that was loaded, if it was.
+
+        Raises:
+            ValueError: that is another kind of memory's, or of another schedule.
+        """
+        shapes = {piece.name: torch.Size([len(piece)]) for piece in owned}
         inner = Reducer(
             shapes,
             operator=self._operator,
@@ -182,21 +193,28 @@ class HierarchicalReducer(Member):
         )
         if self._loaded is not None:
             inner.load_state_dict({**self._loaded["inner"], "ledger": self._ledger.state_dict()})
-        inner.join(across, range(across.Get_size()), expects, timeout, called)
-        self._inner = inner
+        return inner
 
-    def _check_loaded(self, private: MPI.Intracomm, node: int, local: int) -> None:
-        """Every rank raises, if any has loaded the state of other shards than there are here."""
+    def _unfit(self, node: int, local: int) -> str | None:
+        """Why the state that was loaded, if there is one, is not of this rank's place on its node."""
+        if self._loaded is None or self._loaded["layout"] == self._layout(node, local):
+            return None
+        return (
+            f"it was saved with other numbers of ranks on the nodes; here are {self._topology}: resume with as many "
+            "on each, or without the state"
+        )
+
+    def _check_loaded(self, private: MPI.Intracomm, unfit: str | None) -> None:
+        """Every rank raises, if the state that any has loaded does not fit."""
         import numpy as np
 
-        differs = self._loaded is not None and self._loaded["layout"] != self._layout(node, local)
         anywhere = np.zeros(private.Get_size(), np.bool_)
-        private.Allgather(np.array([differs]), anywhere)
+        private.Allgather(np.array([unfit is not None]), anywhere)
         self._ledger.shared.mpi += 1
         if anywhere.any():
+            reason = next(told for told in private.allgather(unfit) if told is not None)
             raise RankMismatchError(
-                f"the state of rank(s) {np.flatnonzero(anywhere).tolist()} was saved with other numbers of ranks on "
-                f"the nodes; here are {self._topology}: resume with as many on each, or without the state"
+                f"the state of rank(s) {np.flatnonzero(anywhere).tolist()} does not fit: {reason}"
             )
 
     def _layout(self, node: int, local: int) -> list[int]:
@@ -438,8 +456,10 @@ class HierarchicalReducer(Member):
             here = self._layout(*self._topology.place(self.rank))
             if (tuple(state["place"]), state["layout"]) != (self._place, here):
                 raise ValueError("the state is another rank's, or of other numbers of ranks on the nodes")
-        if self._inner is not None and state["inner"] is None:
+        if self.is_open and state["place"] is None:
             raise ValueError("the state was saved before the first exchange: load it before that, too")
+        if state["inner"] is not None:
+            check_memories(state["inner"], self._memory)
         if self._inner is not None:
             self._inner.load_state_dict(state["inner"])
         elif not self.is_open:
@@ -455,6 +475,14 @@ class HierarchicalReducer(Member):
         self._memory.reset()
         if self._loaded is not None and self._loaded["inner"] is not None:
             self._loaded = {**self._loaded, "inner": {**self._loaded["inner"], "memory": {}}}
+
+    def give_back(self, name: str, rest: Tensor) -> None:
+        """See :meth:`hvd_compress.sender.Sender.give_back`; here, the ranks of one node keep their shards of it."""
+        node, _ = self._topology.place(self.rank)
+        for piece in self._owned:
+            is_kept = self._memory.takes_back and self._memory.residual(piece.name) is not None
+            if node == 0 and piece.name == name and is_kept:
+                self._memory.take_back(name, 0, rest[piece.start : piece.start + len(piece)])
 
     def residual(self, name: str) -> Tensor | None:
         """Not to be had: a node's memory of a tensor may lie with several of its ranks.

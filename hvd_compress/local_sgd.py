@@ -241,7 +241,9 @@ class QsparseLocalSGD(Wrapped):
         for name, anchor in self._anchors.items() if saved is not None else ():
             anchor.copy_(saved[name])
         starts = {name: start.to(self._anchors[name].device, copy=True) for name, start in own["starts"].items()}
-        self._starts = {**self._anchors, **starts}
+        # With a look-ahead the two part at the first exchange: see _begin().
+        rest = {name: anchor.clone() if self._look_ahead else anchor for name, anchor in self._anchors.items()}
+        self._starts = {**rest, **starts}
         self._local_steps, self._steps, self._lr = own["local_steps"], own["steps"], own["lr"]
         self._is_stale = self._steps > 0 and not self._local_steps  # other ranks' parameters may have been loaded
         self._settle()

@@ -65,12 +65,19 @@ def resize(change: Change, states: Sequence[Any]) -> Any:
     if not _has_states(first):  # of ranks' own shape, perhaps: what each one has logged
         return first
     if isinstance(first, Mapping):
-        return {key: resize(change, [state[key] for state in states]) for key in first}
+        return {key: _of_all(change, states, key) if _has_states(value) else value for key, value in first.items()}
     if any(type(state) is not type(first) or len(state) != len(first) for state in states):
         lengths = [len(state) if isinstance(state, list | tuple) else type(state).__name__ for state in states]
         raise ValueError(f"the ranks' lists of states are not of one length: {lengths}")
     make = getattr(first, "_make", type(first))  # a named tuple's
     return make(resize(change, place) for place in zip(*states, strict=True))
+
+
+def _of_all(change: Change, states: Sequence[Mapping[str, Any]], key: Any) -> Any:
+    lacking = [rank for rank, state in zip(change.predecessors, states, strict=True) if key not in state]
+    if lacking:
+        raise ValueError(f"rank(s) {lacking} saved no {key!r}, which rank {change.predecessors[change.nearest]} did")
+    return resize(change, [state[key] for state in states])
 
 
 def _rule(state: Any) -> Callable[[Change, Sequence[Any]], Any] | None:
@@ -205,10 +212,11 @@ def _mean(change: Change, tensors: Sequence[Tensor]) -> Tensor:
     """Weighted; a copy. Whole weights first, so that nothing is rounded where the result has no need to be."""
     if len(tensors) == 1:
         return tensors[0].clone()
-    total = torch.zeros_like(tensors[0])
+    dtype = tensors[0].dtype
+    total = torch.zeros_like(tensors[0], dtype=torch.promote_types(dtype, torch.float32))  # a sum may leave float16
     for weight, tensor in zip(change.weights, tensors, strict=True):
         total.add_(tensor, alpha=weight)
-    return total.div_(change.before)
+    return total.div_(change.before).to(dtype)
 
 
 def _ledger(change: Change, states: Sequence[dict]) -> dict[str, object]:

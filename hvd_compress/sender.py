@@ -158,8 +158,7 @@ class Sender(Member):
                     f"{self._shapes[name].numel()}"
                 )
         schedule = self._schedule.state_dict()
-        if state["memory"] and tuple(state["rows"]) != tuple(self._memory.rows):
-            raise ValueError(f"the state was not saved with a memory like {self._memory!r}: it holds {state['rows']}")
+        check_memories(state, self._memory)
         if schedule and state["schedule"].keys() != schedule.keys():
             raise ValueError(f"the state was not saved with a schedule like {self._operator!r}")
         saved_as = None if state["rank"] is None else (state["rank"], state["size"])
@@ -191,6 +190,16 @@ class Sender(Member):
             TypeError: the memory is of another kind.
         """
         return self._memory.residual(name)
+
+    def give_back(self, name: str, rest: Tensor) -> None:
+        """Keep for the next exchange what was summed, and cannot be handed out.
+
+        Args:
+            name: of a tensor.
+            rest: its part of the sum over ranks, flat; the same on all ranks, of which one keeps it.
+        """
+        if self.rank == 0 and self._memory.takes_back and self._memory.residual(name) is not None:
+            self._memory.take_back(name, 0, rest)
 
     def _meet(self, communicator: MPI.Intracomm, ranks: Sequence[int], expects: str, timeout: float) -> MPI.Intracomm:
         """A communicator of ``ranks`` alone, once all are there and agree. Collective; see :meth:`Reducer.open`."""
@@ -333,6 +342,12 @@ class Sender(Member):
         key = struct.pack("<qqqq", self._seed, who, self._round, self._ids[name])
         digest = hashlib.blake2b(key, digest_size=8).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def check_memories(state: Mapping[str, Any], memory: Memory) -> None:
+    """Raise ValueError unless what a sender's state holds is of a memory like ``memory``."""
+    if state["memory"] and tuple(state["rows"]) != tuple(memory.rows):
+        raise ValueError(f"the state was not saved with a memory like {memory!r}: it holds {state['rows']}")
 
 
 def laid_out(tensor: Tensor, into: Tensor | None) -> tuple[Tensor, Tensor]:

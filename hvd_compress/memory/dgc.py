@@ -73,7 +73,7 @@ class DGC(Memory):
     def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v, with this step's velocity."""
         x = tensor if self._clip is None else tensor * _shrink(tensor, self._clip)
-        velocity = self._velocities[name].to(x.device) if name in self._velocities else torch.zeros_like(x)
+        velocity = self._velocities[name].to(x) if name in self._velocities else torch.zeros_like(x)
         if self._nesterov:
             velocity = (velocity + x) * self._momentum
             accumulated = velocity + x
@@ -81,7 +81,7 @@ class DGC(Memory):
             velocity = velocity * self._momentum + x
             accumulated = velocity.clone()
         if name in self._accumulated:
-            accumulated += self._accumulated[name].to(x.device)
+            accumulated += self._accumulated[name].to(x)
         self._pending[name] = velocity, accumulated
         return accumulated, None
 

@@ -58,9 +58,10 @@ class EF21(Memory):
     def compensate(self, name: str, tensor: Tensor) -> tuple[Tensor, Tensor | None]:
         """v − g."""
         own = self._own.get(name)
-        if own is not None and own.device != tensor.device:  # loaded, from a checkpoint on the CPU for instance
+        if own is not None and (own.device, own.dtype) != (tensor.device, tensor.dtype):
+            # Loaded, from a checkpoint on the CPU for instance.
             for vectors in reversed(self._vectors()):  # g last: where it is, the others are
-                vectors[name] = vectors[name].to(tensor.device)
+                vectors[name] = vectors[name].to(tensor)
             own = self._own[name]
         mean = self._means.get(name)
         if self._momentum and mean is not None:
