@@ -24,6 +24,7 @@ import torch
 from models import interrupted_soon, through_a_file
 from world import World, environment, launch, mpirun_command
 
+import hvd_compress
 from hvd_compress import Checkpoints, Interruption, random_state, set_random_state
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -410,6 +411,30 @@ class TestKills:
                 assert "cannot be deleted" in caplog.text
         checkpoints.save(4, {"w": 4})
         assert os.listdir(tmp_path) == ["step-0000000004"]
+
+    def test_a_step_of_numpy(self, tmp_path: Path) -> None:
+        hvd.init()
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(np.int64(3), {"w": 1})
+        saved = checkpoints.load()
+        assert saved is not None
+        assert (saved.step, saved.state) == (3, {"w": 1})
+
+    def test_a_file_that_is_gone(self, tmp_path: Path) -> None:
+        """Is not taken for the checkpoint of fewer ranks, nor resized."""
+        hvd.init()
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(3, {"w": 1})
+        (file,) = (tmp_path / "step-0000000003").iterdir()
+        torch.save({**torch.load(file), "size": 2}, file)
+        for resize in (None, hvd_compress.resize):
+            with pytest.raises(
+                OSError, match=r"was saved by 2 ranks and lacks rank-00001\.pt; to go on from an older"
+            ):
+                checkpoints.load(resize=resize)
+        file.unlink()
+        with pytest.raises(OSError, match="holds no rank's file"):
+            checkpoints.load()
 
     def test_a_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """torch's own error is about positions in the file."""

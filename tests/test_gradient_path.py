@@ -373,6 +373,66 @@ def test_double_half_and_bfloat16(world: World) -> None:
     world.run(other_dtypes)
 
 
+def keeps_what_half_precision_cannot_hold(options: dict[str, Any], op: Any) -> None:
+    """One element of 40 a step: the others' memories grow to five times 65,504."""
+    w = torch.nn.Parameter(torch.zeros(40, dtype=torch.float16))
+    compression = Compression.topk(k=1, dense_below=0, named_parameters=[("w", w)], **options)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([w], lr=0.0), named_parameters=[("w", w)], compression=compression, op=op
+    )
+    received, largest = torch.zeros(40, dtype=torch.float64), 0.0
+    for _ in range(18):
+        optimizer.zero_grad()
+        (w * 20_000).sum().backward()
+        optimizer.step()
+        assert w.grad is not None
+        assert bool(torch.isfinite(w.grad).all())
+        assert torch.equal(hvd.broadcast(w.grad, root_rank=0), w.grad)
+        received += w.grad
+        largest = max(largest, w.grad.max().item())
+    assert largest == 65_504
+    state = compression.state_dict()
+    left = hvd.allreduce(state.get("inner", state)["memory"]["w"].double(), op=op)
+    given = torch.full((40,), 18 * 20_000.0 * (hvd.size() if op is hvd.Sum else 1), dtype=torch.float64)
+    assert torch.equal(received + left, given)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("op", ["Average", "Sum"])
+@pytest.mark.parametrize(
+    "options", [{}, {"exchange": "hierarchical", "nodes": (0, 1)}, {"exchange": "reduce_scatter"}], ids=str
+)
+def test_memory_keeps_what_half_precision_cannot_hold(world: World, options: dict[str, Any], op: str) -> None:
+    """An inf would be lost for ever: the ranks have sent it, and their gradients were all finite."""
+    world.run(keeps_what_half_precision_cannot_hold, options, getattr(hvd, op))
+
+
+def a_real_overflow_stays_one(scale: float) -> None:
+    """Of float16 gradients under a GradScaler, which has to hear of it; memories are as they were."""
+    w = torch.nn.Parameter(torch.zeros(40, dtype=torch.float16))
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    compression = Compression.topk(k=1, dense_below=0, named_parameters=[("w", w)], grad_scaler=scaler)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD([w], lr=0.0), named_parameters=[("w", w)], compression=compression
+    )
+    for value in (2.0, 2.0):
+        optimizer.zero_grad()
+        (w * (value * scale)).sum().backward()
+        optimizer.synchronize()
+    before = compression.state_dict()["memory"]["w"]
+    optimizer.zero_grad()
+    (w * (math.inf if hvd.rank() == 1 else 2.0 * scale)).sum().backward()
+    optimizer.synchronize()
+    assert w.grad is not None
+    assert not bool(torch.isfinite(w.grad).all())
+    assert torch.equal(compression.state_dict()["memory"]["w"], before)
+
+
+@pytest.mark.ranks(2)
+def test_a_real_overflow_of_half_precision_stays_one(world: World) -> None:
+    world.run(a_real_overflow_stays_one, 1024.0)
+
+
 def channels_last() -> None:
     torch.manual_seed(0)
     plain = torch.nn.Conv2d(3, 8, 3)

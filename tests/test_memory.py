@@ -349,3 +349,22 @@ def test_sign_without_memory_stays_on_a_line_and_with_one_gets_off() -> None:
         results.append(float(epsilon * x.sum().abs() + (x[0] - x[1]).abs()))
     assert results[0] >= 2 * epsilon - 1e-9  # x₁ + x₂ = 2 for ever
     assert results[1] < 0.05
+
+
+@pytest.mark.parametrize("kind", [Residual, DGC, EF21, lambda: EF21(momentum=0.5), lambda: TwoSided(TopK(k=2))])
+@pytest.mark.parametrize("before", [torch.float32, torch.float64])
+def test_a_loaded_memory_takes_the_dtype_of_what_comes(kind: Callable[[], Memory], before: torch.dtype) -> None:
+    """float32 is sent as float32, whatever the model was when it was saved."""
+    after = torch.float64 if before == torch.float32 else torch.float32
+    memories = [kind(), kind()]
+    for x in torch.randn(3, 40, generator=torch.Generator().manual_seed(0), dtype=before):
+        exchange(memories, TopK(k=5), [x, -x])
+    loaded, expected = [kind(), kind()], [kind(), kind()]
+    for old, new, other in zip(memories, loaded, expected, strict=True):
+        new.load_state_dict(old.state_dict())
+        other.load_state_dict({name: memory.to(after) for name, memory in old.state_dict().items()})
+    for x in torch.randn(3, 40, generator=torch.Generator().manual_seed(1), dtype=after):
+        received = exchange(loaded, TopK(k=5), [x, 2 * x])
+        assert {r.dtype for r in received} == {after}
+        assert all(map(torch.equal, received, exchange(expected, TopK(k=5), [x, 2 * x])))
+    assert {memory.dtype for memory in loaded[0].state_dict().values()} == {after}

@@ -148,6 +148,26 @@ def test_lists_that_cannot_be_put_together() -> None:
             resized([{"compressors": one}, {"compressors": other}], 1)
 
 
+def test_what_one_rank_alone_has_saved() -> None:
+    """A log, of the first rank; a compressor's state must be everywhere."""
+    before: list[dict[str, Any]] = [{"model": memory_of(0, 1.0), "log": [1.0, 2.0]}, {"model": memory_of(1, 3.0)}]
+    (after,) = resized(before, 1)
+    assert after["log"] == [1.0, 2.0]
+    assert after["model"]["memory"]["w"].tolist() == [2.0] * 3
+    with pytest.raises(ValueError, match=r"rank\(s\) \[1\] saved no 'critic', which rank 0 did"):
+        resized([{**before[0], "critic": memory_of(0, 1.0)}, before[1]], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_narrow_numbers_is_rounded_once(dtype: torch.dtype) -> None:
+    """Their sum is beyond float16, and 64 roundings would make 1528 of 1507.6 in bfloat16."""
+    moments = [torch.tensor([1500.0 + n % 16]).to(dtype) for n in range(64)]
+    own = {"local_steps": 0, "steps": 8, "starts": {}, "average": {"ledger": Ledger().state_dict()}}
+    (after,) = resized([{"state": {0: {"momentum_buffer": m}}, "qsparse_local_sgd": own} for m in moments], 1)
+    expected = torch.stack(moments).double().mean(0).to(dtype)
+    assert torch.equal(after["state"][0]["momentum_buffer"], expected)
+
+
 def test_lists_without_states_are_the_nearest_ranks() -> None:
     plain = [[{"losses": [1.0, 2.0], "best": (1, torch.ones(2))}], [{"losses": [3.0]}, {"epoch": 2}]]
     for rank, after in enumerate(resized(plain, 2)):

@@ -799,6 +799,49 @@ def test_a_state_of_other_nodes(world: World) -> None:
     assert "saved with other numbers of ranks on the nodes; here are 1 node(s) of 4 rank(s)" in texts[0]
 
 
+def another_memory() -> None:
+    """Refused on all ranks, before the first exchange and after it; and without a compressor it would be lost."""
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("local", model, k=30, exchange="hierarchical", nodes=EVEN)
+    step_of(model, optimizer, 0)
+    state = owner.state_dict()
+    plain = QsparseLocalSGD(sgd(model), named_parameters=model.named_parameters(), compression=Compression.none)
+    with pytest.raises(ValueError, match="saved with a compressor and its memory"):
+        plain.load_state_dict(state)
+    optimizer, owner = on_path("local", model, k=30, exchange="hierarchical", nodes=EVEN, memory="ef21")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="not saved with a memory like EF21"):
+            owner.load_state_dict(state)
+        step_of(model, optimizer, 0)
+
+
+@pytest.mark.ranks(4)
+def test_a_state_of_another_memory(world: World) -> None:
+    world.run(another_memory)
+
+
+def another_schedule() -> str:
+    """On nodes of two and one: the third rank has no shard, and so nothing that could tell it."""
+    model = Vectors(SHAPES)
+    optimizer, owner = on_path("gradient", model, k=30, exchange="hierarchical", nodes=(0, 0, 1))
+    step_of(model, optimizer, 0)
+    state = owner.state_dict()
+    plan = Compression.accordion(
+        high=0.5, low=0.1, exchange="hierarchical", nodes=(0, 0, 1), named_parameters=model.named_parameters()
+    )
+    plan.load_state_dict(state)
+    other = wrap(model, plan)
+    with pytest.raises(RankMismatchError) as caught:
+        step_of(model, other, 1)
+    return str(caught.value)
+
+
+@pytest.mark.ranks(3)
+def test_a_state_of_another_schedule_is_refused_on_all_ranks(world: World) -> None:
+    (text,) = {*world.run(another_schedule)}
+    assert "does not fit: the state was not saved with a schedule like Accordion" in text
+
+
 def an_early_state(exchange: str) -> None:
     model = Vectors(SHAPES)
     optimizer, owner = on_path("gradient", model, k=30, exchange=exchange, nodes=list(range(hvd.size())))
