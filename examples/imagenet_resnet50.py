@@ -1,6 +1,6 @@
 """Train ResNet-50 on ImageNet, or on any ImageFolder tree, with compressed communication.
 
-Without arguments it trains on a small set of real images that comes with scikit-learn, and needs no GPU:
+Without ``--data`` it trains on a small set of real images that comes with scikit-learn, and needs no GPU:
 
     mpirun -np 2 python examples/imagenet_resnet50.py --compare
 

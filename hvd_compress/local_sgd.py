@@ -140,7 +140,8 @@ class QsparseLocalSGD(Wrapped):
         """Exchange now, if a local step was taken since the last time. Collective.
 
         Call it on all ranks after the last step and before a checkpoint or an evaluation that should see one and
-        the same model everywhere; each call in mid-round is an additional exchange.
+        the same model everywhere; each call in mid-round is an additional exchange. With ``look_ahead`` the
+        parameters are ahead of that model even then: evaluate, and save the final one, within :meth:`evaluation`.
 
         Raises:
             NonFiniteError: a rank's parameters moved to inf or NaN. Every rank raises; parameters are back where

@@ -38,7 +38,7 @@ class QSGD(Quantizer):
     Args:
         levels: s, steps to each side of zero; or
         bits: of each element on the wire, s = 2^(bits − 1) − 1.
-        norm: ``"max"``, the largest magnitude, has 20 to 60 times less noise on the gradients measured than the
+        norm: ``"max"``, the largest magnitude, has 18 to 56 times less noise on the gradients measured than the
             original's ``"l2"``, which sends most of many elements to zero, and is there for fidelity to the paper.
         bucket: so many consecutive elements share a norm; 0 for one norm for all.
 
@@ -277,7 +277,7 @@ class Sign(Quantizer):
             raise ValueError(f"m must be 1, 2, … or math.inf, got {self.m!r}")
 
     def gamma(self, numel: int) -> float:
-        """``d^(2/m − 1)/d`` for the worst x (Lemma 3 with k = d); for m = 1, 1/d."""
+        """``d^(2/m − 1)/d`` (Lemma 3 with k = d); for m = 1, 1/d, which one element other than zero attains."""
         if numel == 0:
             return 1.0
         return 1 / numel if self.m == 1 else numel ** (2 / self.m - 1) / numel
