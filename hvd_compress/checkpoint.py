@@ -159,7 +159,7 @@ class Checkpoints:
         if step is None:
             return None
         path = self._path(step)
-        saved_by = self._on_first_rank(lambda: _saved_by(path))
+        saved_by = self._on_first_rank(lambda: _saved_by(path, self._size))
         if saved_by != self._size and resize is None:
             raise ValueError(
                 f"{path} was saved by {saved_by} ranks, this job has {self._size}, and memories belong to ranks. "
@@ -393,11 +393,13 @@ def _check_loads(file: Path) -> None:
         ) from error
 
 
-def _saved_by(path: Path) -> int:
-    """How many ranks have, whose files must all be there."""
+def _saved_by(path: Path, size_here: int) -> int:
+    """How many ranks have. If that is another number than here, their files must all be there."""
     files = sorted(path.glob("rank-*.pt"))
     if not files:
         raise OSError(f"{path} holds no rank's file; to go on from an older one, delete it")
+    if len(files) == size_here:
+        return size_here
     try:
         size: int = torch.load(str(files[0]), map_location="cpu", weights_only=True, mmap=True)["size"]
     except Exception:  # whose file that is finds out what is wrong with it

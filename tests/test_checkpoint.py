@@ -426,13 +426,15 @@ class TestKills:
         checkpoints = Checkpoints(tmp_path)
         checkpoints.save(3, {"w": 1})
         (file,) = (tmp_path / "step-0000000003").iterdir()
-        torch.save({**torch.load(file), "size": 2}, file)
+        for rank in (0, 2):
+            torch.save({**torch.load(file), "size": 3}, file.with_name(f"rank-0000{rank}.pt"))
         for resize in (None, hvd_compress.resize):
             with pytest.raises(
-                OSError, match=r"was saved by 2 ranks and lacks rank-00001\.pt; to go on from an older"
+                OSError, match=r"was saved by 3 ranks and lacks rank-00001\.pt; to go on from an older"
             ):
                 checkpoints.load(resize=resize)
-        file.unlink()
+        for left in file.parent.iterdir():
+            left.unlink()
         with pytest.raises(OSError, match="holds no rank's file"):
             checkpoints.load()
 
