@@ -149,7 +149,7 @@ class Checkpoints:
         Raises:
             ValueError: it is another format's, or another number of ranks' and there is no ``resize``, or that
                 cannot; every rank raises.
-            OSError: a file could not be read on some rank; every rank raises.
+            OSError: a file is missing, or could not be read on some rank; every rank raises.
         """
         with interrupted_at_its_end():
             return self._load(map_location, resize)

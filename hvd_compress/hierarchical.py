@@ -477,12 +477,11 @@ class HierarchicalReducer(Member):
             self._loaded = {**self._loaded, "inner": {**self._loaded["inner"], "memory": {}}}
 
     def give_back(self, name: str, rest: Tensor) -> None:
-        """See :meth:`hvd_compress.sender.Sender.give_back`; here, the ranks of one node keep their shards of it."""
-        node, _ = self._topology.place(self.rank)
+        """See :meth:`hvd_compress.sender.Sender.give_back`; of each shard, its owner on the first node keeps it."""
         for piece in self._owned:
-            is_kept = self._memory.takes_back and self._memory.residual(piece.name) is not None
-            if node == 0 and piece.name == name and is_kept:
-                self._memory.take_back(name, 0, rest[piece.start : piece.start + len(piece)])
+            if piece.name == name:
+                assert self._inner is not None
+                self._inner.give_back(name, rest[piece.start : piece.start + len(piece)])
 
     def residual(self, name: str) -> Tensor | None:
         """Not to be had: a node's memory of a tensor may lie with several of its ranks.

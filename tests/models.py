@@ -16,6 +16,21 @@ import torch
 from torch import Tensor
 
 
+@contextlib.contextmanager
+def signals_as_they_were() -> Iterator[None]:
+    """A context at whose end signals are handled as at its begin, and none is left, whatever an Interruption set."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        yield
+    finally:
+        while signal.sigtimedwait([*handlers], 0):
+            pass
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
 class Vectors(torch.nn.Module):
     """Named parameters w; the loss is Σ w·c, so that the gradient of each w is the c it was given."""
 

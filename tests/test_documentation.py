@@ -14,6 +14,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from documents import DOCUMENTS, ROOT, blocks, commands
+from models import signals_as_they_were
 
 import hvd_compress
 from hvd_compress import Compression, GradientCompressor
@@ -150,8 +151,7 @@ def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeyp
         names["train"](model, optimizer, batches_from, 10)
         return model.weight.detach()
 
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-    try:
+    with signals_as_they_were():
         expected = run("at-once", None)
         for directory, number in (("twice", 6), ("at-the-end", 9)):
             with pytest.raises(SystemExit) as ended:
@@ -162,7 +162,3 @@ def test_the_training_loop_in_the_slurm_document_goes_on(tmp_path: Path, monkeyp
             batches: list[int] = []
             assert torch.equal(run(directory, None, batches), expected)
             assert batches == list(range(number + 1, 10))
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2])

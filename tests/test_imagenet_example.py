@@ -22,6 +22,7 @@ from typing import Any
 import horovod.torch as hvd
 import pytest
 import torch
+from models import signals_as_they_were
 from PIL import Image
 from test_examples import run_example
 from world import World, environment, mpirun_command
@@ -44,16 +45,12 @@ def run(world: World, *arguments: object) -> tuple[int, str]:
 
 def one_rank(arguments: list[str]) -> tuple[int, str]:
     """The same of a rank, which is left as it was."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with signals_as_they_were(), contextlib.redirect_stderr(printed):
             printed.write(run_example("imagenet_resnet50.py", arguments))
     except SystemExit as ended:
         return int(ended.code or 0), printed.getvalue()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return 0, printed.getvalue()
 
 

@@ -27,6 +27,7 @@ import pytest
 import torch
 import webdataset
 import yaml
+from models import signals_as_they_were
 from PIL import Image
 from test_imagenet_example import EXAMPLES, assert_equal, metrics, run, sizes
 from torch import nn
@@ -671,21 +672,17 @@ def is_asked(directory: Path, steps: int, epochs: int) -> dict[str, Any]:
             resumable.after_epoch(epoch * (steps + 1), {})
         raise AssertionError("it was not asked")
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
     try:
-        with pytest.raises(SystemExit) as ended:
-            loop(module.Resumable(directory, {}, {}, **options))
-        found = {"status": ended.value.code, "saved": [path.name for path in directory.glob("step-*")]}
-        for restarts in (1, 0):
-            os.environ["SLURM_RESTART_COUNT"] = str(restarts)
-            hvd.barrier()  # rank 0 deletes for all: not before the others have looked
-            module.Resumable(directory, {}, {}, **options, afresh=True)
-            found[f"left after {restarts} restarts"] = len([*directory.glob("step-*")])
+        with signals_as_they_were():
+            with pytest.raises(SystemExit) as ended:
+                loop(module.Resumable(directory, {}, {}, **options))
+            found = {"status": ended.value.code, "saved": [path.name for path in directory.glob("step-*")]}
+            for restarts in (1, 0):
+                os.environ["SLURM_RESTART_COUNT"] = str(restarts)
+                hvd.barrier()  # rank 0 deletes for all: not before the others have looked
+                module.Resumable(directory, {}, {}, **options, afresh=True)
+                found[f"left after {restarts} restarts"] = len([*directory.glob("step-*")])
     finally:
-        signal.sigtimedwait([signal.SIGUSR2], 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR2])
         os.environ.pop("SLURM_RESTART_COUNT", None)
     return found
 

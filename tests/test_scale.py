@@ -821,7 +821,7 @@ def test_a_state_of_another_memory(world: World) -> None:
 
 
 def another_schedule() -> str:
-    """On nodes of two and one: the third rank has no shard, and so nothing that could tell it."""
+    """On nodes of two and one: the second rank has no shard, and so nothing that could tell it."""
     model = Vectors(SHAPES)
     optimizer, owner = on_path("gradient", model, k=30, exchange="hierarchical", nodes=(0, 0, 1))
     step_of(model, optimizer, 0)
